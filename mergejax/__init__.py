@@ -1,0 +1,25 @@
+"""Merges the weights of several fine-tuned neural networks into one, in JAX."""
+
+from mergejax.api import merge as merge
+from mergejax.chains import by_role as by_role
+from mergejax.chains import by_stats as by_stats
+from mergejax.chains import chain as chain
+from mergejax.chains import within as within
+from mergejax.core import coordinates as coordinates
+from mergejax.core import each as each
+from mergejax.core import fold as fold
+from mergejax.core import joint as joint
+from mergejax.core import method as method
+from mergejax.core import reduce as reduce
+from mergejax.core import refine as refine
+from mergejax.errors import MergeError as MergeError
+from mergejax.hyper import by_depth as by_depth
+from mergejax.hyper import by_name as by_name
+from mergejax.registry import METHODS as METHODS
+from mergejax.registry import PIECES as PIECES
+from mergejax.registry import parse as parse
+from mergejax.registry import register as register
+
+from mergejax.version import __version__ as __version__
+globals().update({name: entry.make for name, entry in METHODS.items()})
+globals().update(PIECES)

@@ -1,0 +1,121 @@
+"""What comes in and goes out: trees become leaves by name, are checked, and become trees again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax.errors import MergeError, did_you_mean, raise_all, some
+from mergejax.leaves import name_of
+
+Tree = Any
+
+
+def leaves_by_name(tree: Tree, owner: str) -> tuple[dict[str, Any], Callable[[Mapping], Tree]]:
+    """A tree's leaves by name, and the function that makes such a tree of them again.
+
+    Raises:
+        MergeError: a leaf is no array, or two leaves have one name.
+    """
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = [name_of(path) for path, _ in paths]
+    problems = [
+        f"leaf '{name}' of {owner} is {type(leaf).__name__}, not an array; leave it out of the tree"
+        for name, (_, leaf) in zip(names, paths, strict=True)
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype")
+    ]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"{owner} has two leaves called {some(doubled)}; rename one"] * bool(doubled)
+    if not paths:
+        problems.append(f"{owner} has no leaves; pass a tree of arrays, such as model parameters")
+    raise_all(problems)
+    by_name = dict(zip(names, (leaf for _, leaf in paths), strict=True))
+    return by_name, lambda leaves: jax.tree.unflatten(structure, [leaves[n] for n in names])
+
+
+def check_alike(
+    reference: Mapping[str, Any], experts: Sequence[Mapping[str, Any]], owners: Sequence[str]
+) -> None:
+    """Refuses experts whose leaves, shapes or types differ from the reference's.
+
+    Raises:
+        MergeError: with every leaf that differs, and whose it is.
+    """
+    problems = []
+    for owner, expert in zip(owners, experts, strict=True):
+        missing = [name for name in reference if name not in expert]
+        extra = [name for name in expert if name not in reference]
+        problems += [
+            f"{owner} has no leaf '{name}', which the other models have; "
+            + (did_you_mean(name, extra) if extra else "merge models of one architecture")
+            for name in missing
+        ]
+        problems += [
+            f"{owner} has a leaf '{name}' that the other models lack; leave it out of the tree"
+            for name in extra
+        ]
+        for name in reference.keys() & expert.keys():
+            wanted, got = reference[name], expert[name]
+            if tuple(wanted.shape) != tuple(got.shape):
+                problems.append(
+                    f"leaf '{name}' of {owner} has shape {tuple(got.shape)}, expected "
+                    f"{tuple(wanted.shape)}; merge models of one size"
+                )
+            elif wanted.dtype != got.dtype:
+                problems.append(
+                    f"leaf '{name}' of {owner} has dtype {got.dtype}, expected {wanted.dtype}; "
+                    "cast it first"
+                )
+    raise_all(sorted(problems))
+
+
+def merged_buffer(name: str, values: Sequence[Any], counter: bool) -> Any:
+    """An integer, boolean or key leaf: the one that all models share, or a counter of the first.
+
+    Raises:
+        MergeError: the models differ and the leaf is no known counter.
+    """
+    first = values[0]
+    random_key = jnp.issubdtype(first.dtype, jax.dtypes.prng_key)
+    if counter or random_key or any(isinstance(v, jax.core.Tracer) for v in values):
+        return first
+    if all(np.array_equal(np.asarray(first), np.asarray(value)) for value in values[1:]):
+        return first
+    raise MergeError(
+        f"leaf '{name}' holds {first.dtype} values that differ between the models and cannot be "
+        f"merged; exclude it with exclude='{name}' to keep the base's"
+    )
+
+
+def statistics_by_leaf(
+    stats: Mapping[str, Sequence[Tree]], shapes: Mapping[str, tuple[int, ...]], experts: int
+) -> dict[str, dict[str, list[Any]]]:
+    """Statistics as {leaf name: {statistic: one array per expert}}.
+
+    Raises:
+        MergeError: a statistic for another number of experts or for a leaf that does not exist.
+    """
+    problems = []
+    found: dict[str, dict[str, list[Any]]] = {}
+    for need, several in stats.items():
+        if isinstance(several, Mapping) or len(several) != experts:
+            count = "one tree" if isinstance(several, Mapping) else f"{len(several)} trees"
+            problems.append(
+                f"stats['{need}'] holds {count}, expected a list with one for each of the "
+                f"{experts} experts"
+            )
+            continue
+        named = [leaves_by_name(tree, f"stats['{need}'][{i}]")[0] for i, tree in enumerate(several)]
+        for name in dict.fromkeys(name for tree in named for name in tree):
+            owners = [i for i, tree in enumerate(named) if name not in tree]
+            if name not in shapes:
+                hint = did_you_mean(name, shapes)
+                problems.append(f"stats['{need}'] has a leaf '{name}' that no model has, {hint}")
+            elif owners:
+                problems.append(f"stats['{need}'][{owners[0]}] has no leaf '{name}'; collect it too")
+            else:
+                found.setdefault(name, {})[need] = [tree[name] for tree in named]
+    raise_all(problems)
+    return found

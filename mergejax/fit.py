@@ -1,0 +1,189 @@
+"""The training loop: AdamW over chunks of steps, each chunk one compiled scan.
+
+One loop serves pre-training, fine-tuning and multi-task training. It trains a body under several
+heads at once; their kernels are padded to one number of classes and stacked, so that problems with
+other labels and other numbers of images share a compilation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mergejax.data.task import Split
+
+Tree = Any
+CHUNK = 25  # steps in one compiled scan, and between two movements of the progress bar
+NEVER = -1e9  # logit of a class that the problem does not have
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: number of updates.
+        learning_rate: at its peak.
+        batch: images per step, drawn with replacement, each problem equally often.
+        warmup: share of the steps over which the learning rate rises; then it falls as a cosine.
+        weight_decay: decoupled, as a multiple of the learning rate (AdamW).
+    """
+
+    steps: int
+    learning_rate: float
+    batch: int
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+
+
+class Batch(NamedTuple):
+    """Images float32 [batch, h, w, c], index of the problem and label, both int32 [batch]."""
+
+    images: np.ndarray
+    problems: np.ndarray
+    labels: np.ndarray
+
+
+def stack_heads(heads: Sequence[Tree], classes: int) -> Tree:
+    """Stacks heads along a new first axis, padded with classes that are never predicted.
+
+    Args:
+        heads: trees of a kernel [width, n] and a bias [n], any n up to `classes`.
+        classes: number of classes after padding.
+
+    Returns:
+        A kernel [heads, width, classes] and a bias [heads, classes].
+
+    Example:
+        >>> head = {"kernel": np.ones([4, 2], np.float32), "bias": np.zeros([2], np.float32)}
+        >>> stack_heads([head], 3)["bias"].tolist()
+        [[0.0, 0.0, -1000000000.0]]
+    """
+
+    def padded(leaf: jax.Array, value: float) -> jax.Array:
+        missing = classes - leaf.shape[-1]
+        widths = [(0, 0)] * (leaf.ndim - 1) + [(0, missing)]
+        return jnp.pad(jnp.asarray(leaf), widths, constant_values=value)
+
+    return {
+        "kernel": jnp.stack([padded(head["kernel"], 0.0) for head in heads]),
+        "bias": jnp.stack([padded(head["bias"], NEVER) for head in heads]),
+    }
+
+
+def _unstack(stacked: Tree, heads: Sequence[Tree]) -> list[Tree]:
+    counts = [head["bias"].shape[0] for head in heads]
+    return [
+        jax.tree.map(lambda leaf, i=i, n=n: leaf[i, ..., :n], stacked)  # type: ignore[misc]
+        for i, n in enumerate(counts)
+    ]
+
+
+def _optimizer(settings: Settings) -> optax.GradientTransformation:
+    warmup = int(settings.warmup * settings.steps)
+    peak = settings.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, settings.steps, 0.01 * peak)
+    adamw = optax.adamw(schedule, weight_decay=settings.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
+def _chunk(
+    trained: Tree, state: Tree, frozen: Tree, batches: Batch, model: nn.Module, settings: Settings
+) -> tuple[Tree, Tree, jax.Array]:
+    """Takes one step per batch; returns parameters, optimiser state and the losses [steps]."""
+    optimizer = _optimizer(settings)
+
+    def loss(trained: Tree, batch: Batch) -> jax.Array:
+        params = {**frozen, **trained}
+        features = model.apply({"params": params["body"]}, batch.images)
+        every = jnp.einsum("nw,pwc->npc", features, params["heads"]["kernel"])
+        every = every + params["heads"]["bias"][None]
+        logits = jnp.take_along_axis(every, batch.problems[:, None, None], axis=1)[:, 0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+    def step(carry: tuple[Tree, Tree], batch: Batch) -> tuple[tuple[Tree, Tree], jax.Array]:
+        trained, state = carry
+        value, gradient = jax.value_and_grad(loss)(trained, batch)
+        updates, state = optimizer.update(gradient, state, trained)
+        return (optax.apply_updates(trained, updates), state), value
+
+    (trained, state), losses = jax.lax.scan(step, (trained, state), batches)
+    return trained, state, losses
+
+
+def draw(
+    splits: Sequence[Split], steps: int, batch: int, generator: np.random.Generator
+) -> Batch:
+    """Draws the batches of a chunk on the host: a problem for each image, then an image of it.
+
+    Args:
+        splits: the problems' training images, all of one shape.
+        steps: number of batches.
+        batch: images in each.
+        generator: source of randomness.
+
+    Returns:
+        `Batch` with a first axis of `steps`.
+    """
+    problems = generator.integers(len(splits), size=[steps, batch], dtype=np.int32)
+    places = generator.random([steps, batch])
+    images = np.empty([steps, batch, *splits[0].images.shape[1:]], np.float32)
+    labels = np.empty([steps, batch], np.int32)
+    for index, split in enumerate(splits):
+        mine = problems == index
+        rows = (places[mine] * len(split)).astype(np.int64)
+        images[mine], labels[mine] = split.images[rows], split.labels[rows]
+    return Batch(images, problems, labels)
+
+
+def fit(
+    model: nn.Module,
+    body: Tree,
+    heads: Mapping[str, Tree],
+    splits: Mapping[str, Split],
+    settings: Settings,
+    *,
+    seed: Sequence[int],
+    classes: int,
+    train_heads: bool,
+    advance: Callable[[int], object] = lambda n: None,
+) -> tuple[Tree, dict[str, Tree], np.ndarray]:
+    """Trains a body, and its heads if asked, by the mean cross entropy over all problems.
+
+    Args:
+        model: the body's module, images [n, h, w, c] to features [n, width].
+        body: its parameters at the start.
+        heads: one head per problem, by name.
+        splits: the images and labels of each problem, by the same names.
+        settings: steps, batch size, learning rate.
+        seed: of the order of the images.
+        classes: number of classes that heads are padded to; equal numbers share a compilation.
+        train_heads: whether the heads are trained too, otherwise they stay as they are.
+        advance: told the number of steps after each chunk.
+
+    Returns:
+        The body's parameters, the heads by name, and the loss of each step, float32 [steps].
+    """
+    names = list(splits)
+    stacked = stack_heads([heads[name] for name in names], classes)
+    trained, frozen = {"body": body, "heads": stacked}, {}
+    if not train_heads:
+        trained, frozen = {"body": body}, {"heads": stacked}
+    state = _optimizer(settings).init(trained)
+    generator = np.random.default_rng(list(seed))
+    losses = []
+    for start in range(0, settings.steps, CHUNK):
+        steps = min(CHUNK, settings.steps - start)
+        batches = draw([splits[name] for name in names], steps, settings.batch, generator)
+        trained, state, values = _chunk(trained, state, frozen, batches, model, settings)
+        losses.append(np.asarray(values))
+        advance(steps)
+    separate = _unstack({**frozen, **trained}["heads"], [heads[name] for name in names])
+    return trained["body"], dict(zip(names, separate, strict=True)), np.concatenate(losses)

@@ -1,0 +1,1 @@
+"""Named methods and the pieces that they share."""

@@ -1,0 +1,232 @@
+"""What an executor has to do: which stages each leaf goes through, what is measured in which pass.
+
+Everything here happens on the host, before any array is touched.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import hyper
+from mergejax.chains import Chain, Placed, check_order, expand
+from mergejax.core import Stage
+from mergejax.errors import raise_all
+from mergejax.leaves import STATISTIC, LeafInfo
+from mergejax.step import Due, at_expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A chain, laid out for the leaves of one model.
+
+    Attributes:
+        placed: the stages of each leaf by name, rules resolved for it.
+        passes: for each pass, what every leaf has to measure in it; leaves without are left out.
+        measured: the stage of each path that measures something, numbers as the user gave them.
+        merged: paths of stages behind the reduction.
+        experts: number of experts.
+    """
+
+    placed: dict[str, list[Placed]]
+    passes: list[dict[str, Due]]
+    measured: dict[str, Stage]
+    merged: frozenset[str]
+    experts: int
+
+
+def make_plan(
+    method: Chain, average: Chain, infos: Sequence[LeafInfo], experts: int, has_base: bool
+) -> Plan:
+    """Expands a chain for every leaf, checks it and orders its measurements.
+
+    Args:
+        method: the chain.
+        average: the chain for running statistics.
+        infos: the leaves that are merged.
+        experts: number of experts.
+        has_base: whether there is a base.
+
+    Raises:
+        MergeError: stages in an impossible order, without a base that they need, with lists of
+            the wrong length, with patterns that match no leaf, or without their statistics.
+    """
+    problems: list[str] = []
+    placed: dict[str, list[Placed]] = {}
+    names_of: dict[str, list[str]] = {}
+    stages: dict[str, Stage] = {}
+    for info in infos:
+        expanded = expand(average if info.role == STATISTIC else method, info)
+        if info.role == STATISTIC:
+            expanded = [dataclasses.replace(p, path=f"average{p.path}") for p in expanded]
+        placed[info.name] = expanded
+        for p in expanded:
+            stages[p.path] = p.stage
+            names_of.setdefault(p.path, []).append(info.name)
+            missing = [need for need in p.stage.factory.needs if need not in info.stats]
+            problems += [
+                f"leaf '{info.name}' has no statistic '{need}', which {p.stage.factory.name} "
+                f"needs; pass it with stats={{'{need}': [...]}}, one tree per expert"
+                for need in missing
+            ]
+    distinct = {tuple(p.path for p in expanded): expanded for expanded in placed.values()}
+    merged: set[str] = set()
+    for expanded in distinct.values():
+        problems += check_order(expanded, repr(method))
+        problems += _check_numbers(expanded, experts, has_base, merged)
+    for path, stage in stages.items():
+        for value in stage.data.values():
+            if isinstance(value, hyper.ByName):
+                problems += [
+                    f"{stage.factory.name}: pattern '{pattern}' of by_name matches no leaf"
+                    for pattern in value.unmatched(names_of[path])
+                ]
+    raise_all(problems)
+    dues = {
+        name: [(p.path, r) for p in expanded for r in range(_rounds(p))]
+        for name, expanded in placed.items()
+    }
+    measured = {path: stages[path] for due in dues.values() for path, _ in due}
+    resolved = {info.name: _resolve(placed[info.name], info) for info in infos}
+    return Plan(resolved, _passes(dues), measured, frozenset(merged), experts)
+
+
+def _rounds(placed: Placed) -> int:
+    if placed.role != "apply":
+        return 0
+    return len(placed.stage.build().rounds)
+
+
+def _check_numbers(
+    expanded: Sequence[Placed], experts: int, has_base: bool, merged: set[str]
+) -> list[str]:
+    problems = []
+    reduced = False
+    for p in expanded:
+        stage, label = p.stage, p.stage.factory.name
+        if p.role != "apply":
+            continue
+        if stage.factory.space == "delta" and not has_base:
+            problems.append(f"{label} works on deltas and needs a base; pass the base model")
+        if stage.factory.experts not in (None, experts):
+            problems.append(f"{label} takes exactly {stage.factory.experts} experts, not {experts}")
+        wanted = 1 if reduced else experts
+        for name, value in stage.data.items():
+            length = _length(value)
+            if length is not None and (length != wanted or reduced):
+                problems.append(
+                    f"{label}({name}=...) has {length} numbers, but "
+                    + ("stands behind the reduction, where it takes one" if reduced else "")
+                    + ("" if reduced else f"there are {experts} experts")
+                )
+            if isinstance(value, hyper.Rule) and stage.build().rounds:
+                problems.append(
+                    f"{label}({name}=...) sets one number for the whole model and cannot differ "
+                    "from leaf to leaf; give a number, or scope='tensor' where there is one"
+                )
+        if reduced:
+            merged.add(p.path)
+        reduced = reduced or stage.kind in ("reduce", "fold")
+    return problems
+
+
+def _length(value: Any) -> int | None:
+    if isinstance(value, list | tuple):
+        return len(value)
+    return value.shape[0] if getattr(value, "ndim", 0) == 1 else None
+
+
+def _resolve(placed: Sequence[Placed], info: LeafInfo) -> list[Placed]:
+    """Replaces rules by numbers; a leaf of stacked layers gets one number a layer."""
+
+    def at(stage: Stage, depth: float) -> Stage:
+        data = {n: hyper.resolve(v, info.name, depth) for n, v in stage.data.items()}
+        return stage.with_data(data)
+
+    if info.layers is None:
+        return [dataclasses.replace(p, stage=at(p.stage, info.depth)) for p in placed]
+    layers = [[with_arrays(at(p.stage, float(d))) for d in depths_of(info)] for p in placed]
+    stacked = [jax.tree.map(lambda *xs: _stack(xs), *several) for several in layers]
+    return [dataclasses.replace(p, stage=s) for p, s in zip(placed, stacked, strict=True)]
+
+
+def depths_of(info: LeafInfo) -> np.ndarray:
+    """The depth of every layer of a leaf that stacks layers."""
+    assert info.layers is not None
+    return np.linspace(0, 1, info.layers) if info.layers > 1 else np.ones(1)
+
+
+def with_arrays(stage: Stage) -> Stage:
+    """The stage with its numbers as float32 arrays, so that another value never recompiles."""
+    return stage.with_data({n: hyper.as_data(v) for n, v in stage.data.items()})
+
+
+def _stack(values: Sequence[Any]) -> Any:
+    return jnp.stack(values) if hyper.is_traced(values) else np.stack(values)
+
+
+def _passes(dues: Mapping[str, Sequence[Due]]) -> list[dict[str, Due]]:
+    """Orders measurements: one goes into the first pass in which all before it are known."""
+    level: dict[Due, int] = {}
+    distinct = {tuple(sequence) for sequence in dues.values()}
+    for _ in range(sum(map(len, distinct)) + 1):
+        before = dict(level)
+        for sequence in distinct:
+            last = 0
+            for due in sequence:
+                last = level[due] = max(level.get(due, 1), last + 1)
+        if level == before:
+            break
+    count = max(level.values(), default=0)
+    return [
+        {name: due for name, sequence in dues.items() for due in sequence if level[due] == number}
+        for number in range(1, count + 1)
+    ]
+
+
+def local_numbers(plan: Plan, info: LeafInfo) -> dict[str, Any]:
+    """What stages compute from a leaf's size on the host, where integers are exact."""
+    placed = plan.placed[info.name]
+    if info.layers is None:
+        return _local_numbers(placed, info.size, plan)
+    layers = [
+        _local_numbers(jax.tree.map(lambda x, i=i: x[i], placed), info.size // info.layers, plan)
+        for i in range(info.layers)
+    ]
+    return jax.tree.map(lambda *xs: _stack(xs), *layers)
+
+
+def _local_numbers(placed: Sequence[Placed], size: int, plan: Plan) -> dict[str, Any]:
+    found = {}
+    for p in placed:
+        if p.role != "apply" or p.stage.build().local is None:
+            continue
+        if p.stage.kind == "each" and p.path not in plan.merged:
+            several = [at_expert(p.stage, i) for i in range(plan.experts)]
+            found[p.path] = _stack([stage.build().local(size) for stage in several])
+        else:
+            found[p.path] = p.stage.build().local(size)
+    return found
+
+
+def solve(plan: Plan, path: str, totals: Sequence[Any], size: Any, recalled: Any) -> Any:
+    """Solves one round of a stage from its sums so far."""
+    stage = plan.measured[path]
+    number = len(totals) - 1
+    if stage.kind == "each" and path not in plan.merged:
+        several = []
+        for i in range(plan.experts):
+            current = at_expert(stage, i).build().rounds[number]
+            part = jax.tree.map(lambda x, i=i: x[i], list(totals))
+            several.append(current.solve(part, size, None))
+        return jax.tree.map(lambda *xs: _stack(xs), *several)
+    current = stage.build().rounds[number]
+    memory = None
+    if current.recall is not None:
+        memory = current.recall.start
+        for i in range(plan.experts):
+            memory = current.recall.extend(memory, jax.tree.map(lambda x, i=i: x[i], recalled))
+    return current.solve(list(totals), size, memory)

@@ -1,0 +1,202 @@
+"""The table of methods, and the string language that composes them.
+
+One line in `METHODS` gives a method its place in the command line and the config language, the
+documentation's table, the contract tests and the benchmark's list.
+"""
+
+import ast
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mergejax import chains, hyper
+from mergejax.chains import Chain, chain
+from mergejax.errors import MergeError, did_you_mean
+from mergejax.methods import pieces
+from mergejax.methods.average import average, linear
+from mergejax.methods.dare import dare
+from mergejax.methods.fisher import fisher, fisher_mean
+from mergejax.methods.lines import lines, lines_multi_task
+from mergejax.methods.opcm import opcm, orthogonal_total, to_mean_norm
+from mergejax.methods.regmean import gram_solve, regmean
+from mergejax.methods.slerp import arc, slerp
+from mergejax.methods.task_arithmetic import task_arithmetic
+from mergejax.methods.ties import ties
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A method's row: how to make it, and what the contract tests may expect of it.
+
+    Attributes:
+        make: (hyper-parameters) -> stage or chain.
+        experts: how many experts it takes; None for any number.
+        ordered: whether the order of the experts matters.
+        modifier: whether it stands behind another method rather than alone.
+        neutral: hyper-parameters with which a single expert is returned unchanged, or None where
+            there are none.
+    """
+
+    make: Callable[..., Any]
+    experts: int | None = None
+    ordered: bool = False
+    modifier: bool = False
+    neutral: Mapping[str, Any] | None = None
+
+
+METHODS: dict[str, Entry] = {
+    "average": Entry(average, neutral={}),
+    "linear": Entry(linear, neutral={}),
+    "task_arithmetic": Entry(task_arithmetic, neutral={"scaling": 1.0}),
+    "ties": Entry(ties, neutral={"density": 1.0}),
+    "dare": Entry(dare, neutral={"rate": 0.0, "scaling": 1.0}),
+    "lines": Entry(lines, modifier=True, neutral={"alpha": 1.0, "beta": 0.0}),
+    "lines_multi_task": Entry(lines_multi_task, modifier=True, neutral={"beta": 0.0}),
+    "slerp": Entry(slerp, experts=2, ordered=True),
+    "fisher": Entry(fisher, neutral={}),
+    "regmean": Entry(regmean, neutral={}),
+    "opcm": Entry(opcm, ordered=True, neutral={}),
+}
+
+PIECES: dict[str, Callable[..., Any]] = {
+    **{name: make for name, make in vars(pieces).items() if hasattr(make, "factory")},
+    **{
+        make.__name__: make
+        for make in (arc, fisher_mean, gram_solve, orthogonal_total, to_mean_norm)
+    },
+}
+
+_RULES: dict[str, Callable[..., Any]] = {
+    "by_name": hyper.by_name,
+    "by_depth": hyper.by_depth,
+    "by_role": chains.by_role,
+    "by_stats": chains.by_stats,
+    "within": chains.within,
+}
+
+
+def register(name: str, make: Callable[..., Any], **facts: Any) -> None:
+    """Adds a method from outside the package.
+
+    Args:
+        name: of the method in the string language.
+        make: a function declared with `@mj.method`, or with a stage's decorator.
+        **facts: fields of `Entry`.
+
+    Raises:
+        MergeError: the name is taken, or is no identifier, or `make` is no declared method.
+
+    Example:
+        >>> import mergejax as mj
+        >>> @mj.method
+        ... def half_sum():
+        ...     return mj.task_arithmetic(scaling=0.5)
+        >>> mj.register('half_sum', half_sum)
+        >>> mj.parse('drop(rate=0.5)|half_sum()')
+        drop(rate=0.5)|half_sum()
+        >>> del mj.METHODS['half_sum']
+    """
+    if name in _words() or not name.isidentifier():
+        raise MergeError(f"register: the name '{name}' is taken or no identifier; choose another")
+    if not hasattr(make, "factory"):
+        raise MergeError(f"register: declare '{name}' with @mj.method or a stage's decorator first")
+    METHODS[name] = Entry(make, **facts)
+
+
+def _words() -> dict[str, Callable[..., Any]]:
+    return {**PIECES, **_RULES, **{name: entry.make for name, entry in METHODS.items()}}
+
+
+def parse(text: str) -> Chain:
+    """Reads a chain in the string language; nothing in it is executed.
+
+    Args:
+        text: methods and stages with their hyper-parameters, joined by '|', for instance
+            'drop(rate=0.9)|ties(density=0.2)'; values are numbers, strings, lists, by_name({...})
+            and by_depth([...]).
+
+    Returns:
+        The chain; its `repr` is the text again.
+
+    Raises:
+        MergeError: anything that is not of this form, with what was expected.
+
+    Example:
+        >>> parse('ties(density=by_depth([0.1, 0.3]), scope="tensor")')
+        ties(density=by_depth([0.1, 0.3]), scope='tensor')
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise MergeError(f"a method is a text such as 'ties(density=0.2)', not {text!r}")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = getattr(error, "msg", None) or str(error)
+        raise MergeError(
+            f"method '{text}' cannot be read ({reason}); write it as 'drop(rate=0.9)|ties()'"
+        ) from None
+    node = _read(tree.body, text)
+    if not isinstance(node, chains.Node):
+        raise MergeError(f"'{text}' is a value, not a method; write it as 'ties(density=0.2)'")
+    return chain(node)
+
+
+def _read(node: ast.expr, text: str) -> Any:
+    match node:
+        case ast.BinOp(op=ast.BitOr()):
+            return chain(_read(node.left, text), _read(node.right, text))
+        case ast.Name():
+            return _word(node.id)()
+        case ast.Call(func=ast.Name()):
+            if any(keyword.arg is None for keyword in node.keywords):
+                raise MergeError(f"'{text}': '**' is not part of the language; name the parameters")
+            arguments = [_read_value(argument, text) for argument in node.args]
+            named = {k.arg: _read_value(k.value, text) for k in node.keywords if k.arg}
+            return _call(_word(node.func.id), arguments, named)
+    raise MergeError(
+        f"'{ast.unparse(node)}' in '{text}' is not a method; write names with their parameters, "
+        "joined by '|'"
+    )
+
+
+def _read_value(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Call | ast.BinOp) and not _is_number(node):
+        return _read(node, text)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise MergeError(
+            f"'{ast.unparse(node)}' in '{text}' is not a value; numbers, quoted strings, lists, "
+            "by_name({...}) and by_depth([...]) are"
+        ) from None
+
+
+def _is_number(node: ast.expr) -> bool:
+    return isinstance(node, ast.BinOp) and not isinstance(node.op, ast.BitOr)
+
+
+def _word(name: str) -> Callable[..., Any]:
+    words = _words()
+    if name not in words:
+        raise MergeError(f"no method is called '{name}', {did_you_mean(name, words)}")
+    return words[name]
+
+
+def _call(make: Callable[..., Any], arguments: list[Any], named: dict[str, Any]) -> Any:
+    try:
+        return make(*arguments, **named)
+    except TypeError as error:
+        raise MergeError(f"{make.__name__}(): {error}") from None
+
+
+def as_chain(method: Any) -> Chain:
+    """A chain from a chain, a stage or a text in the string language."""
+    if isinstance(method, chains.Node):
+        return chain(method)
+    if isinstance(method, str):
+        return parse(method)
+    raise MergeError(
+        f"a method is a chain such as mj.ties(density=0.2) or a text such as 'ties()', "
+        f"not {method!r}"
+    )
+
+

@@ -1,0 +1,248 @@
+"""The executors: one chain, driven leaf by leaf or as one pure function of whole trees.
+
+Both make the passes that a plan lists, then one pass that applies the chain. They differ in their
+arithmetic only: leafwise, every leaf is a small compiled program and the sums are exact on the
+host; traced, everything is one expression of JAX, so that it may be jitted, mapped over settings
+and differentiated.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import hyper
+from mergejax.chains import Placed
+from mergejax.core import Array, Leaf
+from mergejax.errors import MergeError, raise_all
+from mergejax.leaves import LeafInfo
+from mergejax.plan import Plan, depths_of, local_numbers, solve, with_arrays
+from mergejax.randomness import fold_key, name_key
+from mergejax.step import BLOCK, Due, Seen, run_blocks, run_layers, run_leaf
+
+_RUNNERS = {"leaf": run_leaf, "layers": run_layers, "blocks": run_blocks}
+
+
+class Values(NamedTuple):
+    """The arrays of one leaf: base or None, experts, statistics by name (per expert, shared)."""
+
+    base: Any
+    experts: Sequence[Any]
+    stats: Mapping[str, Sequence[Any]]
+    shared: Mapping[str, Any]
+
+
+Load = Callable[[str], Values]
+Sink = Callable[[str, Sequence[Array]], None]
+Progress = Callable[[int, int, str], None]
+
+
+class Settings(NamedTuple):
+    """What an executor needs to know besides the plan.
+
+    Attributes:
+        names: names of the experts; they seed each expert's random numbers.
+        seed: of all random numbers.
+        count: 'all' leaves enter ranks and norms, or only those that are 'changed'.
+        dtype: of the output, or None for the leaf's own.
+        progress: called with (leaves done, leaves in all, name), or None.
+    """
+
+    names: Sequence[str]
+    seed: Any = 0
+    count: str = "all"
+    dtype: Any = None
+    progress: Progress | None = None
+
+
+def _program(
+    placed: Sequence[Placed],
+    leaf: Leaf,
+    experts: Sequence[Array],
+    names: Array,
+    seed: Array,
+    seen: Seen,
+    local: Mapping[str, Any],
+    *,
+    runner: str,
+    due: Due | None,
+    count: str,
+    dtype: Any,
+) -> tuple[Any, Array, Array]:
+    """One leaf in one pass: what was asked for, whether it counts, non-finite values found."""
+    leaf = leaf.replace(key=fold_key(leaf.key, seed))
+    found = _RUNNERS[runner](placed, leaf, experts, names, seen, local, due)
+    inputs = [*experts, *([] if leaf.base is None else [leaf.base])]
+    bad = jnp.stack([(~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in inputs])
+    counts = jnp.bool_(True)
+    if due is not None:
+        if count == "changed" and leaf.base is not None:
+            counts = jnp.any(jnp.stack([jnp.any(expert != leaf.base) for expert in experts]))
+        found = jax.tree.map(lambda x: jnp.where(counts, x, jnp.zeros_like(x)), found)
+        return found, counts, bad
+    merged = [x.astype(dtype) for x in found]
+    made = jnp.stack([(~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in merged])
+    return merged, counts, jnp.concatenate([bad, made])
+
+
+class Arithmetic(NamedTuple):
+    """How an executor computes: the program of a leaf, and what sums are made of."""
+
+    program: Callable[..., Any]
+    total: Callable[[Array], Any]
+    size: Callable[[Array, int], Any]
+    narrow: Callable[[Any], Any]
+
+
+def _host_total(x: Array) -> np.ndarray:
+    kind = np.int64 if jnp.issubdtype(x.dtype, jnp.integer) else np.float64
+    return np.asarray(x).astype(kind)
+
+
+def _narrow(x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    if x.dtype == np.float64:
+        return x.astype(np.float32)
+    return x.astype(np.int32) if x.dtype == np.int64 else x
+
+
+LEAFWISE = Arithmetic(
+    program=jax.jit(_program, static_argnames=("runner", "due", "count", "dtype")),
+    total=_host_total,
+    size=lambda counts, size: size if bool(counts) else 0,
+    narrow=_narrow,
+)
+TRACED = Arithmetic(
+    program=_program,
+    total=lambda x: x,
+    size=lambda counts, size: jnp.where(counts, size, 0),
+    narrow=jnp.asarray,
+)
+
+
+def _leaf(info: LeafInfo, values: Values) -> Leaf:
+    layered = info.layers is not None
+    return Leaf(
+        base=values.base,
+        depth=np.asarray(depths_of(info) if layered else info.depth, np.float32),  # type: ignore
+        block=np.asarray(np.arange(info.layers) if layered else info.block, np.int32),  # type: ignore
+        expert=np.int32(-1),  # type: ignore[arg-type]
+        key=name_key(info.name),  # type: ignore[arg-type]
+        start=np.zeros(2, np.uint32),  # type: ignore[arg-type]
+        stats={name: list(several) for name, several in values.stats.items()},
+        shared=dict(values.shared),
+        role=info.role,
+        layout=info.layout,
+    )
+
+
+def _runner(placed: Sequence[Placed], info: LeafInfo, values: Values) -> str:
+    if info.layers is not None:
+        return "layers"
+    whole = [x for x in values.experts if isinstance(x, jax.Array) and not hyper.is_traced(x)]
+    spread = any(len(x.sharding.device_set) > 1 for x in whole)
+    elementwise = all(p.role == "apply" and p.stage.elementwise for p in placed)
+    return "blocks" if elementwise and not spread and info.size > 2 * BLOCK else "leaf"
+
+
+def execute(
+    plan: Plan,
+    infos: Sequence[LeafInfo],
+    load: Load,
+    sink: Sink,
+    settings: Settings,
+    arithmetic: Arithmetic = LEAFWISE,
+) -> None:
+    """Makes all passes of a plan and hands every merged leaf to a sink.
+
+    Args:
+        plan: see `plan.make_plan`.
+        infos: the leaves that are merged.
+        load: (leaf name) -> its values; called once a pass.
+        sink: (leaf name, one merged array or one per expert) -> None.
+        settings: see `Settings`.
+        arithmetic: `LEAFWISE` or `TRACED`.
+
+    Raises:
+        MergeError: a non-finite input, a non-finite result.
+    """
+    names = np.stack([name_key(name) for name in settings.names])
+    seed = jnp.asarray(settings.seed).astype(jnp.uint32)
+    seen: dict[str, tuple[Any, ...]] = {}
+    totals: dict[str, list[Any]] = {}
+    steps = sum(len(due) for due in plan.passes) + len(infos)
+    done = 0
+    for number, dues in enumerate([*plan.passes, None]):
+        bad: list[tuple[LeafInfo, bool, Array]] = []
+        sums: dict[Due, list[Any]] = {}
+        for info in infos:
+            if dues is not None and info.name not in dues:
+                continue
+            values = load(info.name)
+            due = None if dues is None else dues[info.name]
+            placed = plan.placed[info.name]
+            found, counts, nonfinite = arithmetic.program(
+                _as_data(placed),
+                _leaf(info, values),
+                list(values.experts),
+                names,
+                seed,
+                seen,
+                jax.tree.map(arithmetic.narrow, local_numbers(plan, info)),
+                runner=_runner(placed, info, values),
+                due=due,
+                count=settings.count,
+                dtype=np.dtype(settings.dtype or info.dtype),
+            )
+            bad.append((info, values.base is not None, nonfinite))
+            if due is None:
+                sink(info.name, found)
+            else:
+                size = info.size if settings.count == "all" else arithmetic.size(counts, info.size)
+                _add(sums, due, found, arithmetic, size)
+            done += 1
+            if settings.progress is not None:
+                settings.progress(done, steps, info.name)
+        if number == 0 or dues is None:
+            _refuse_non_finite(bad, settings)
+        for (path, _), (size, (measured, recalled)) in sums.items():
+            totals.setdefault(path, []).append(measured)
+            solved = solve(plan, path, totals[path], size, recalled)
+            seen[path] = (*seen.get(path, ()), jax.tree.map(arithmetic.narrow, solved))
+
+
+def _as_data(placed: Sequence[Placed]) -> list[Placed]:
+    return [dataclasses.replace(p, stage=with_arrays(p.stage)) for p in placed]
+
+
+def _add(sums: dict, due: Due, found: Any, arithmetic: Arithmetic, size: Any) -> None:
+    found = jax.tree.map(arithmetic.total, found)
+    if due in sums:
+        before, total = sums[due]
+        size, found = before + size, jax.tree.map(lambda a, b: a + b, total, found)
+    sums[due] = [size, found]
+
+
+def _refuse_non_finite(bad: Sequence[tuple[LeafInfo, bool, Array]], settings: Settings) -> None:
+    if hyper.is_traced([counts for _, _, counts in bad]):
+        return
+    problems = []
+    for info, has_base, counts in bad:
+        found = np.asarray(counts)
+        if not found.any():
+            continue
+        owners = [f"expert '{name}'" for name in settings.names] + ["base"] * has_base
+        inputs = [
+            f"leaf '{info.name}' of {owner} has {n} non-finite values (NaN or Inf) of {info.size}; "
+            "repair or leave out that model"
+            for owner, n in zip(owners, found, strict=False)
+            if n
+        ]
+        problems += inputs or [
+            f"leaf '{info.name}' has {found.sum()} non-finite values after merging although all "
+            "inputs are finite; a smaller scaling or a wider dtype avoids the overflow"
+        ]
+    raise_all(problems)

@@ -1,0 +1,222 @@
+"""From a config and its tasks to trained models: the base, one expert per task, a multi-task model.
+
+The base and its heads are pre-trained together on a broader problem. The heads are then frozen, and
+each expert is the base's body trained further on one task under the head of its kind, as in the
+experiments with CLIP, whose heads are text embeddings (Ilharco et al. 2023, arXiv:2212.04089). So
+every body works with every head, and only bodies are merged. The multi-task model, an upper mark,
+starts from the base too and trains its own copies of the heads.
+"""
+
+import dataclasses
+import pathlib
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mergejax import data, fit
+from mergejax.checkpoints import fingerprint, orbax
+from mergejax.data.task import Split, Task
+from mergejax.models import vit
+from mergejax.progress import Reporter
+
+Tree = Any
+Log = dict[str, dict[str, float]]
+LOG = "log.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What `train_all` makes.
+
+    Attributes:
+        model: the module of every body.
+        base: the pre-trained body's parameters.
+        experts: by task, the fine-tuned bodies' parameters, trees like the base's.
+        heads: by task, the head that goes with the base, the experts and every merge of them.
+        multi_task: the parameters of the body trained on all tasks.
+        multi_task_heads: by task, the heads that go with it.
+        log: by phase ('base', 'experts/<task>', 'multi_task'): seconds, steps and last loss.
+    """
+
+    model: nn.Module
+    base: Tree
+    experts: dict[str, Tree]
+    heads: dict[str, Tree]
+    multi_task: Tree
+    multi_task_heads: dict[str, Tree]
+    log: Log
+
+
+def logits(model: nn.Module, body: Tree, head: Tree, images: jax.Array) -> jax.Array:
+    """Scores every class of one task: features(images) @ kernel + bias.
+
+    Args:
+        model: the body's module.
+        body: its parameters.
+        head: kernel [width, classes] and bias [classes].
+        images: float32 [n, height, width, channels] in [0, 1].
+
+    Returns:
+        float32 [n, classes].
+
+    Example:
+        >>> model = vit.VisionTransformer(patch=4, width=16, depth=1, heads=2)
+        >>> body, heads = initial(model, (8, 8, 1), {"digit": 10}, seed=0)
+        >>> logits(model, body, heads["digit"], jnp.zeros([3, 8, 8, 1])).shape
+        (3, 10)
+    """
+    features = model.apply({"params": body}, images)
+    return nn.Dense(head["bias"].shape[0]).apply({"params": head}, features)
+
+
+def initial(
+    model: nn.Module, shape: Sequence[int], classes: Mapping[str, int], seed: int
+) -> tuple[Tree, dict[str, Tree]]:
+    """Draws a body and heads to start pre-training from.
+
+    Args:
+        model: the body's module.
+        shape: height, width and channels of an image.
+        classes: number of classes of each head, by name.
+        seed: of the draw.
+
+    Returns:
+        The body's parameters, and by name the heads: kernel [width, classes], bias [classes].
+    """
+    key = jax.random.key(seed)
+    features, variables = model.init_with_output(key, jnp.zeros([1, *shape]))
+
+    def head(index: int, outputs: int) -> Tree:
+        dense = nn.Dense(outputs, kernel_init=nn.initializers.normal(0.02))
+        return dense.init(jax.random.fold_in(key, index), features)["params"]
+
+    heads = {name: head(index, classes[name]) for index, name in enumerate(sorted(classes))}
+    return variables["params"], heads
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What every phase needs; `log` grows as phases end."""
+
+    config: ml_collections.ConfigDict
+    tasks: Mapping[str, Task]
+    model: nn.Module
+    folder: pathlib.Path
+    reporter: Reporter
+    log: Log
+
+
+def train_all(
+    config: ml_collections.ConfigDict,
+    tasks: Mapping[str, Task],
+    workdir: str | pathlib.Path,
+    reporter: Reporter,
+) -> Trained:
+    """Trains what is missing in the workdir and restores the rest.
+
+    Every result is a checkpoint in `workdir`/checkpoints as soon as it is made: `heads`, `base`,
+    `experts/<task>`, `multi_task_heads`, `multi_task`. An interrupted phase is started again, with
+    the same result.
+
+    Args:
+        config: `data`, `model`, `training` (`pretrain`, `finetune`, `multi_task`) and `seed`.
+        tasks: by name; all images of one shape.
+        workdir: where checkpoints are kept.
+        reporter: told what is trained, what is reused, and how far it is.
+
+    Returns:
+        The trained models.
+
+    Raises:
+        MergeError: if the workdir's checkpoints come from other data, models or training, before
+            anything is written; or if one of them is damaged.
+    """
+    fingerprint.claim(config, workdir, tasks)
+    folder = pathlib.Path(workdir) / fingerprint.FOLDER
+    model = vit.VisionTransformer(**config.model)
+    run = _Run(config, tasks, model, folder, reporter, fingerprint.read_json(folder / LOG))
+    heads, base = _kept(run, ["heads", "base"], lambda: _pretrain(run))
+    experts = {
+        name: _kept(run, [f"experts/{name}"], lambda name=name: _fine_tune(run, name, base, heads))
+        for name in tasks
+    }
+    names = ["multi_task_heads", "multi_task"]
+    multi_task_heads, multi_task = _kept(run, names, lambda: _train_jointly(run, base, heads))
+    return Trained(
+        model=model,
+        base=base,
+        experts={name: body for name, (body,) in experts.items()},
+        heads=heads,
+        multi_task=multi_task,
+        multi_task_heads=multi_task_heads,
+        log=run.log,
+    )
+
+
+def _kept(run: _Run, names: Sequence[str], make: Callable[[], list[Tree]]) -> list[Tree]:
+    """Restores the trees called `names`, or makes and saves them if one of them is missing."""
+    paths = [run.folder / name for name in names]
+    if all(orbax.is_saved(path) for path in paths):
+        run.reporter.log(f"{names[-1]}: reused from {paths[-1]}")
+        return [orbax.restore(path) for path in paths]
+    trees = make()
+    for path, tree in zip(paths, trees, strict=True):
+        orbax.save(path, tree)
+    return trees
+
+
+def _fit(
+    run: _Run, kind: str, name: str, body: Tree, heads: Tree, splits: Mapping[str, Split]
+) -> tuple[Tree, dict[str, Tree]]:
+    """Trains with the settings of `kind`, logs it as `name`."""
+    started = time.monotonic()
+    settings = fit.Settings(**run.config.training[kind])
+    with run.reporter.progress(f"train {name}", settings.steps) as advance:
+        body, heads, losses = fit.fit(
+            run.model,
+            body,
+            heads,
+            splits,
+            settings,
+            seed=[run.config.seed, zlib.crc32(name.encode())],
+            classes=max(len(task.labels) for task in run.tasks.values()),
+            train_heads=kind != "finetune",
+            advance=advance,
+        )
+    run.log[name] = {
+        "seconds": round(time.monotonic() - started, 2),
+        "steps": settings.steps,
+        "loss": float(np.mean(losses[-fit.CHUNK :])),
+    }
+    fingerprint.write_json(run.folder / LOG, run.log)
+    return body, heads
+
+
+def _pretrain(run: _Run) -> list[Tree]:
+    """Returns the heads by task, and the base."""
+    splits = data.pretraining(run.config, run.tasks)
+    shape = next(iter(splits.values())).images.shape[1:]
+    classes = {task.head: len(task.labels) for task in run.tasks.values()}
+    body, heads = initial(run.model, shape, classes, run.config.seed)
+    body, heads = _fit(run, "pretrain", "base", body, heads, splits)
+    return [{task.name: heads[task.head] for task in run.tasks.values()}, body]
+
+
+def _fine_tune(run: _Run, name: str, base: Tree, heads: Mapping[str, Tree]) -> list[Tree]:
+    """Returns the body of one expert."""
+    splits = {name: run.tasks[name].train}
+    return [_fit(run, "finetune", f"experts/{name}", base, {name: heads[name]}, splits)[0]]
+
+
+def _train_jointly(run: _Run, base: Tree, heads: Mapping[str, Tree]) -> list[Tree]:
+    """Returns the heads by task and the body of the multi-task model."""
+    splits = {name: task.train for name, task in run.tasks.items()}
+    body, heads = _fit(run, "multi_task", "multi_task", base, heads, splits)
+    return [heads, body]

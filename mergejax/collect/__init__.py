@@ -1,0 +1,6 @@
+"""Collectors: statistics of a model on data, keyed by leaf name, that some methods need."""
+
+from mergejax.collect.fisher import fisher
+from mergejax.collect.gram import gram
+
+__all__ = ["fisher", "gram"]

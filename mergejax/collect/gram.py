@@ -1,0 +1,192 @@
+"""Gram matrices of the inputs of a model's layers."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from mergejax.collect.rows import input_rows, refusal
+from mergejax.collect.streaming import (
+    Mask,
+    Progress,
+    as_function,
+    length,
+    nnx_parts,
+    row_weights,
+    total,
+)
+from mergejax.collect.taps import tap_linen, tap_nnx
+from mergejax.errors import MergeError, raise_all, some
+from mergejax.leaves import name_of, unmatched
+
+_LEAKS = (
+    jax.errors.UnexpectedTracerError,
+    flax.errors.JaxTransformError,
+    flax.errors.TraceContextError,
+)
+
+
+def gram(
+    model: Any,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    mask: Mask | None = None,
+    exclude: str | Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, jax.Array]:
+    """Mean Gram matrix of the inputs of every layer with a kernel, without changing the model.
+
+    For a layer y = x W + b, G = Σ_r w_r x_rᵀ x_r / Σ_r w_r over all rows r (tokens, pixels) of all
+    batches, w_r = 1 without a mask; x_r is a row of the canonical view in which the kernel is a
+    matrix [in, out]: the contracted axes of DenseGeneral flattened in order, the patches of a
+    convolution with the channel first (`mergejax.leaves.as_matrix`). The sums are float32 at the
+    highest matmul precision. A layer that is called several times sums over its calls; stacked
+    layers (nn.scan with variable_axes {'intermediates': 0}, nnx.scan) give [layers, in, in].
+
+    Tapped are Dense, DenseGeneral and Conv of linen, Linear, LinearGeneral and Conv of NNX, so
+    also the projections of attention. The model runs as it is called: call linen models with
+    dropout off and running statistics in use (an NNX model is switched to evaluation).
+
+    Args:
+        model: a function (params, batch) that calls linen modules by `Module.apply`, outside
+            other JAX transforms; its output is not used. Or a linen or NNX model that is called on
+            the batch.
+        params: the expert's parameters, a tree of arrays; for an NNX model its `nnx.Param` state,
+            or None for the model's own. Kernels are named by their place in this tree.
+        batches: any iterable of batches, the same shapes throughout except for the last one (each
+            new shape compiles once more).
+        mask: batch -> weights of the rows, 0 for padding: [examples], or [examples, tokens, ...]
+            for layers whose rows have these axes; layers that see fewer axes (pooled ones) take
+            the largest weight over the missing ones.
+        exclude: regular expressions (`re.search` on leaf names) of kernels to leave out.
+        progress: called as progress(done, total, 'gram') after each batch; total is 0 where
+            `batches` has no length.
+
+    Returns:
+        {leaf name of the kernel ('block/dense/kernel'): G [in, in] float32, symmetric}.
+
+    Raises:
+        MergeError: no batch; a layer with an input that is not finite; a kernel that got no Gram
+            matrix and is not excluded (its layer was not called or is of another kind); a mask
+            that does not fit; a grouped convolution that is not excluded; a pattern that matches
+            no leaf.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> model = nn.Dense(3)
+        >>> batches = [jnp.array([[1.0, 2.0], [3.0, 4.0]])]
+        >>> params = model.init(jax.random.key(0), batches[0])['params']
+        >>> {name: g.tolist() for name, g in gram(model, params, batches).items()}
+        {'kernel': [[5.0, 7.0], [7.0, 10.0]]}
+
+    Source: RegMean, 2023, arXiv:2212.09849.
+    """
+    is_nnx = isinstance(model, nnx.Module)
+    tap: Callable[..., dict[str, Any]] = tap_nnx if is_nnx else tap_linen
+    function, params = (nnx_parts if is_nnx else as_function)(model, params)
+    names, kernels = _selected(params, [exclude] if isinstance(exclude, str) else exclude)
+    order: list[str] = []
+
+    def statistic(params, item):
+        batch, weights = item
+        problems: list[str] = []
+
+        def measure(layer, name, inputs):
+            reason = refusal(layer)
+            if name in names and reason:
+                problems.append(
+                    f"gram: layer '{name}' {reason}, which one Gram matrix cannot describe; "
+                    f"leave it out with exclude=('{name}',)"
+                )
+            if name not in names or reason:
+                return None
+            return _sums(name, input_rows(layer, inputs), weights)
+
+        found = tap(function, params, batch, measure)
+        raise_all(problems or _missing(kernels, found))
+        order[:] = found
+        return found
+
+    items = ((batch, row_weights(mask, batch, "gram")) for batch in batches)
+    try:
+        sums = total(statistic, params, items, "gram", length(batches), progress)
+    except _LEAKS as error:
+        raise MergeError(
+            "gram: a layer runs inside a JAX transform (jax.vmap, jax.checkpoint, jax.lax.scan); "
+            "call the model on whole batches, with Flax's own nn.remat, nn.scan, nnx.remat, ..."
+        ) from error
+    return _means({name: sums[name] for name in order})
+
+
+def _selected(params: Any, exclude: Sequence[str]) -> tuple[set[str], list[str]]:
+    """The leaf names that are not excluded, and the kernels among them."""
+    leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    raise_all([f"gram: {problem}" for problem in unmatched(exclude, list(leaves))])
+    kept = [name for name in leaves if not any(re.search(p, name) for p in exclude)]
+    kernels = [n for n in kept if n.split("/")[-1] == "kernel" and jnp.ndim(leaves[n]) > 1]
+    return set(kept), kernels
+
+
+def _sums(name: str, rows: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """(Σ w xᵀx [in, in], Σ w []) of rows [..., in]."""
+    x = rows.astype(jnp.float32)
+    if weights is None:
+        count = jnp.float32(x.size // x.shape[-1])
+        x = weighted = x.reshape(-1, x.shape[-1])
+    else:
+        shape = x.shape[:-1]
+        common = min(weights.ndim, len(shape))
+        if common == 0 or weights.shape[:common] != shape[:common]:
+            raise MergeError(
+                f"gram: mask(batch) has shape {weights.shape} and the rows of '{name}' have "
+                f"{shape}; give weights whose axes are the first axes of the rows"
+            )
+        # A pooled row stands for an example that counts if any of its tokens does.
+        weights = weights.max(axis=tuple(range(common, weights.ndim)))
+        weights = weights.reshape(*weights.shape, *[1] * (len(shape) - common))
+        w = jnp.broadcast_to(weights, shape).reshape(-1, 1)
+        # Where, not a product: padding may hold anything, NaN included.
+        x = jnp.where(w > 0, x.reshape(-1, x.shape[-1]), 0)
+        weighted, count = x * w, w.sum()
+    return jnp.matmul(weighted.T, x, precision=lax.Precision.HIGHEST), count
+
+
+def _missing(kernels: Sequence[str], found: dict[str, Any]) -> list[str]:
+    if not found:
+        return [
+            "gram: no Dense, DenseGeneral or Conv layer was seen; pass a linen or NNX model, or a "
+            "function that calls linen modules and was not compiled by jax.jit before"
+        ]
+    missing = [name for name in kernels if name not in found]
+    if not missing:
+        return []
+    return [
+        f"gram: no input was seen for {some(missing)}: the layer was not called, is of a kind "
+        "without a Gram matrix, or runs in a function that jax.jit compiled before; call it "
+        f"uncompiled, or leave it out with exclude=('{missing[0]}',)"
+    ]
+
+
+def _means(sums: dict[str, tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
+    broken = [name for name, (products, _) in sums.items() if not jnp.isfinite(products).all()]
+    if broken:
+        raise MergeError(
+            f"gram: the inputs of {len(broken)} of {len(sums)} layers are not finite, the first "
+            f"is '{broken[0]}'; check the data and the expert's parameters"
+        )
+    empty = [name for name, (_, count) in sums.items() if not (count > 0).all()]
+    if empty:
+        raise MergeError(
+            f"gram: every row of {some(empty)} has weight 0; give batches with unmasked rows"
+        )
+    means = {}
+    for name, (products, count) in sums.items():
+        mean = products / count[..., None, None]
+        means[name] = (mean + jnp.swapaxes(mean, -1, -2)) / 2
+    return means

@@ -1,0 +1,78 @@
+"""The input rows that multiply the canonical [in, out] matrix of a layer's kernel."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+LINEN_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
+NNX_LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv)
+GENERAL = (nn.DenseGeneral, nnx.LinearGeneral)
+CONVOLUTION = (nn.Conv, nnx.Conv)
+
+
+def refusal(layer: Any) -> str | None:
+    """Why one Gram matrix cannot stand for the layer, if it cannot."""
+    if isinstance(layer, CONVOLUTION) and layer.feature_group_count != 1:
+        return f"is a grouped convolution ({layer.feature_group_count} groups)"
+    batch_axes = getattr(layer, "batch_dims", None) or getattr(layer, "batch_axis", None)
+    if isinstance(layer, GENERAL) and batch_axes:
+        return "has one kernel per entry of a batch axis"
+    return None
+
+
+def input_rows(layer: Any, inputs: jax.Array) -> jax.Array:
+    """Rows [..., in] so that rows @ kernel-as-matrix is the layer's output without bias.
+
+    Dense: the inputs. DenseGeneral: the contracted axes, flattened in order. Conv: the patches
+    under the kernel, channel first, the order of `mergejax.leaves.as_matrix`.
+    """
+    if isinstance(layer, CONVOLUTION):
+        return _patches(layer, inputs)
+    if isinstance(layer, GENERAL):
+        axes = sorted(axis % inputs.ndim for axis in np.atleast_1d(layer.axis).tolist())
+        moved = jnp.moveaxis(inputs, axes, range(-len(axes), 0))
+        return moved.reshape(*moved.shape[: -len(axes)], -1)
+    return inputs
+
+
+def _patches(layer: Any, inputs: jax.Array) -> jax.Array:
+    size = tuple(np.atleast_1d(layer.kernel_size).tolist())
+    rank = len(size)
+    batch = inputs.shape[: -rank - 1]
+    x = inputs.reshape(-1, *inputs.shape[-rank - 1 :])
+    strides, input_dilation, kernel_dilation = (
+        (value or 1,) * rank if value is None or isinstance(value, int) else tuple(value)
+        for value in (layer.strides, layer.input_dilation, layer.kernel_dilation)
+    )
+    extent = [(k - 1) * d + 1 for k, d in zip(size, kernel_dilation, strict=True)]
+    x, padding = _pad(x, layer.padding, extent)
+    patches = lax.conv_general_dilated_patches(
+        jnp.moveaxis(x, -1, 1),
+        size,
+        strides,
+        padding,
+        lhs_dilation=input_dilation,
+        rhs_dilation=kernel_dilation,
+        precision=lax.Precision.HIGHEST,  # it multiplies by ones, and must not round the inputs
+    )
+    patches = jnp.moveaxis(patches, 1, -1)
+    return patches.reshape(*batch, *patches.shape[1:])
+
+
+def _pad(x: jax.Array, padding: Any, extent: Sequence[int]) -> tuple[jax.Array, Any]:
+    """Does the paddings that Flax adds to JAX's; returns what is left for JAX to do."""
+    modes = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}
+    if padding in modes:
+        causal = padding == "CAUSAL"
+        widths = [(e - 1, 0) if causal else ((e - 1) // 2, e // 2) for e in extent]
+        return jnp.pad(x, [(0, 0), *widths, (0, 0)], mode=modes[padding]), "VALID"
+    if isinstance(padding, str):
+        return x, padding
+    sides = [padding] * len(extent) if isinstance(padding, int) else padding
+    return x, [(side, side) if isinstance(side, int) else tuple(side) for side in sides]

@@ -1,0 +1,91 @@
+"""Sums of a statistic over an iterable of batches, and the models and masks collectors take."""
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mergejax.errors import MergeError
+
+Progress = Callable[[int, int, str], None]
+Mask = Callable[[Any], Any]
+
+
+def total(
+    statistic: Callable[[Any, Any], Any],
+    params: Any,
+    items: Iterator[Any],
+    caller: str,
+    count: int,
+    progress: Progress | None,
+) -> Any:
+    """Σ statistic(params, item) over the items, in one donated accumulator on the device.
+
+    `statistic` is traced anew in every call, so that effects of tracing are never missed.
+    """
+
+    def add(sums, params, item):
+        return jax.tree.map(jnp.add, sums, statistic(params, item))
+
+    step = jax.jit(add, donate_argnums=0)
+    sums = None
+    for done, item in enumerate(items, start=1):
+        if sums is None:
+            shapes = jax.eval_shape(statistic, params, item)
+            sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        sums = step(sums, params, item)
+        if progress:
+            progress(done, count, caller)
+    if sums is None:
+        raise MergeError(
+            f"{caller}: there is no batch to collect from; pass an iterable of at least one batch "
+            "(a generator that was read before is empty)"
+        )
+    return sums
+
+
+def length(batches: Iterable[Any]) -> int:
+    """How many batches there are, 0 where the iterable does not know."""
+    return len(batches) if isinstance(batches, Sized) else 0
+
+
+def row_weights(mask: Mask | None, batch: Any, caller: str) -> np.ndarray | None:
+    """The weights of a batch's rows as float32, checked."""
+    if mask is None:
+        return None
+    weights = np.asarray(mask(batch), np.float32)
+    if weights.ndim == 0 or not np.isfinite(weights).all() or (weights < 0).any():
+        raise MergeError(
+            f"{caller}: mask(batch) gave shape {weights.shape} with values from "
+            f"{weights.min()} to {weights.max()}, expected an array with one weight of at least "
+            "0 for every example or token"
+        )
+    return weights
+
+
+def nnx_parts(model: nnx.Module, params: Any) -> tuple[Callable[[Any], Any], Any]:
+    """(params -> a fresh model in evaluation mode, the params to use) of an NNX model."""
+    graph, own, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+
+    def build(params):
+        merged = nnx.merge(graph, params, rest)
+        merged.eval()
+        return merged
+
+    return build, own if params is None else params
+
+
+def as_function(model: Any, params: Any) -> tuple[Callable[[Any, Any], Any], Any]:
+    """((params, batch) -> outputs, params) of a function, a linen or an NNX model."""
+    if isinstance(model, nn.Module):
+        return lambda params, batch: model.apply({"params": params}, batch), params
+    if isinstance(model, nnx.Module):
+        build, params = nnx_parts(model, params)
+        return lambda params, batch: build(params)(batch), params
+    # A function that was compiled before would be replayed without being traced.
+    jitted = isinstance(model, jax.stages.Wrapped) and hasattr(model, "__wrapped__")
+    return (model.__wrapped__ if jitted else model), params

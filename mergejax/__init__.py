@@ -1,10 +1,12 @@
 """Merges the weights of several fine-tuned neural networks into one, in JAX."""
 
 from mergejax.api import merge as merge
+from mergejax.api import stream as stream
 from mergejax.chains import by_role as by_role
 from mergejax.chains import by_stats as by_stats
 from mergejax.chains import chain as chain
 from mergejax.chains import within as within
+from mergejax.continual import continual as continual
 from mergejax.core import coordinates as coordinates
 from mergejax.core import each as each
 from mergejax.core import fold as fold
@@ -19,7 +21,7 @@ from mergejax.registry import METHODS as METHODS
 from mergejax.registry import PIECES as PIECES
 from mergejax.registry import parse as parse
 from mergejax.registry import register as register
-
 from mergejax.version import __version__ as __version__
+
 globals().update({name: entry.make for name, entry in METHODS.items()})
 globals().update(PIECES)

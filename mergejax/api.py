@@ -1,10 +1,11 @@
-"""`merge`: any trees in, the same kind of tree out."""
+"""`merge`: any trees in, the same kind of tree out; `stream`: leaf by leaf from anywhere."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from mergejax import hyper
 from mergejax.chains import chain
@@ -14,14 +15,17 @@ from mergejax.door import (
     check_alike,
     leaves_by_name,
     merged_buffer,
+    shared_by_leaf,
     statistics_by_leaf,
 )
 from mergejax.errors import MergeError, did_you_mean, raise_all
 from mergejax.leaves import BUFFER, HEAD, LeafInfo, describe, is_counter
-from mergejax.methods.pieces import mean
+from mergejax.methods.combine import mean
 from mergejax.plan import make_plan
 from mergejax.registry import as_chain
-from mergejax.run import LEAFWISE, TRACED, Progress, Settings, Values, execute
+from mergejax.run import LEAFWISE, TRACED, Progress, Settings, Sink, Values, execute
+
+COUNTS = ("all", "changed")
 
 
 def merge(
@@ -85,50 +89,129 @@ def merge(
         [[2. 2.]
          [2. 2.]]
     """
-    method = as_chain(method)
     experts = _as_list(experts)
-    names = [str(i) for i in range(len(experts))] if names is None else list(names)
-    _check_names(names, experts, count)
-    owners = [f"expert '{name}'" for name in names]
-    several, backs = zip(
-        *(leaves_by_name(expert, owner) for expert, owner in zip(experts, owners, strict=True)),
-        strict=True,
+    names = _names(names, experts)
+    several, backs = [], []
+    for name, expert in zip(names, experts, strict=True):
+        leaves, back = leaves_by_name(expert, f"expert '{name}'")
+        several.append(leaves)
+        backs.append(back)
+    base_leaves = None
+    if base is not None:
+        base_leaves, backs[0] = leaves_by_name(base, "the base")
+    merged: dict[str, Sequence[Array]] = {}
+    stream(
+        method,
+        base_leaves,
+        several,
+        merged.__setitem__,
+        names=names,
+        seed=seed,
+        stats=stats,
+        shared=shared,
+        exclude=exclude,
+        roles=roles,
+        layout=layout,
+        layouts=layouts,
+        scanned=scanned,
+        count=count,
+        dtype=dtype,
+        progress=progress,
     )
-    base_leaves, back = (None, backs[0]) if base is None else leaves_by_name(base, "the base")
-    reference = several[0] if base_leaves is None else base_leaves
-    check_alike(reference, several, owners)
+    width = max(len(arrays) for arrays in merged.values())
+    trees = [
+        backs[0]({name: arrays[min(i, len(arrays) - 1)] for name, arrays in merged.items()})
+        for i in range(width)
+    ]
+    return trees if width > 1 else trees[0]
+
+
+def stream(
+    method: Any,
+    base: Mapping[str, Any] | None,
+    experts: Sequence[Mapping[str, Any]],
+    sink: Sink,
+    *,
+    names: Sequence[str] | None = None,
+    seed: Any = 0,
+    stats: Mapping[str, Sequence[Tree]] | None = None,
+    shared: Mapping[str, Tree] | None = None,
+    exclude: str | Sequence[str] = (),
+    roles: Mapping[str, str] | None = None,
+    layout: str = "flax",
+    layouts: Mapping[str, str] | None = None,
+    scanned: str | None = None,
+    count: str = "all",
+    dtype: Any = None,
+    progress: Progress | None = None,
+) -> None:
+    """Merges experts leaf by leaf, from mappings that may read each leaf when it is asked for.
+
+    A model is a mapping from leaf names to arrays, or to anything with `shape`, `dtype` and
+    `[...]` that reads an array: a memory map, a dataset in a file. No more than one leaf of every
+    model is held at a time; methods that measure the whole model read each leaf once per pass.
+
+    Args:
+        method: a chain or a text, as in `merge`.
+        base: the base's leaves by name, or None.
+        experts: the experts' leaves by name.
+        sink: called as sink(name, arrays) for every leaf once, with one merged array, or one per
+            expert where the method does not reduce them.
+        names, seed, stats, shared, exclude, roles, layout, layouts, scanned, count, dtype,
+            progress: as in `merge`.
+
+    Raises:
+        MergeError: as `merge`. Bad input that shapes or the first pass can tell is refused before
+            anything is handed to the sink.
+
+    Example:
+        >>> import numpy as np, mergejax as mj
+        >>> base, expert = {'w': np.zeros(2, np.float32)}, {'w': np.ones(2, np.float32)}
+        >>> mj.stream(mj.task_arithmetic(0.5), base, [expert], lambda name, x: print(name, x[0]))
+        w [0.5 0.5]
+    """
+    method = as_chain(method)
+    names = _names(names, experts)
+    raise_all(
+        [f"count: '{count}' is unknown, {did_you_mean(count, COUNTS)}"] * (count not in COUNTS)
+    )
+    reference = experts[0] if base is None else base
+    check_alike(reference, experts, [f"expert '{name}'" for name in names])
     specs = {name: (tuple(x.shape), x.dtype) for name, x in reference.items()}
     described = describe(
         specs, style=layout, roles=roles, layouts=layouts, exclude=exclude, scanned=scanned
     )
     shapes = {name: shape for name, (shape, _) in specs.items()}
     known = statistics_by_leaf(stats or {}, shapes, len(experts))
-    common = {need: leaves_by_name(tree, f"shared['{need}']")[0] for need, tree in (shared or {}).items()}
+    common = shared_by_leaf(shared or {}, shapes)
     infos, copied = _split(described, known, common)
 
     def load(name: str) -> Values:
         return Values(
-            None if base_leaves is None else base_leaves[name],
-            [expert[name] for expert in several],
+            None if base is None else _read(base[name]),
+            [_read(expert[name]) for expert in experts],
             known.get(name, {}),
-            {need: tree[name] for need, tree in common.items() if name in tree},
+            common.get(name, {}),
         )
 
-    merged: dict[str, Sequence[Array]] = {}
     plan = make_plan(method, chain(mean()), infos, len(experts), base is not None)
-    traced = hyper.is_traced((method, base, list(experts), seed, stats, shared))
+    for info in copied:
+        values = [_read(reference[info.name]), *(_read(expert[info.name]) for expert in experts)]
+        keep = info.role == HEAD or is_counter(info.name)
+        sink(info.name, [merged_buffer(info.name, values, keep)])
+    given = (
+        method,
+        seed,
+        stats,
+        shared,
+        [list(model.values()) for model in (base or {}, *experts)],
+    )
     settings = Settings(names, seed, count, dtype, progress)
-    execute(plan, infos, load, merged.__setitem__, settings, TRACED if traced else LEAFWISE)
-    width = max((len(arrays) for arrays in merged.values()), default=1)
-    trees = []
-    for i in range(width):
-        leaves = {name: arrays[min(i, len(arrays) - 1)] for name, arrays in merged.items()}
-        for info in copied:
-            values = [reference[info.name], *(expert[info.name] for expert in several)]
-            keep = info.role == HEAD or is_counter(info.name)
-            leaves[info.name] = merged_buffer(info.name, values, keep)
-        trees.append(back(leaves))
-    return trees if any(len(arrays) > 1 for arrays in merged.values()) else trees[0]
+    execute(plan, infos, load, sink, settings, TRACED if hyper.is_traced(given) else LEAFWISE)
+
+
+def _read(array: Any) -> Any:
+    return array if isinstance(array, jax.Array | np.ndarray) else np.asarray(array[...])
 
 
 def _as_list(experts: Any) -> list[Tree]:
@@ -137,26 +220,27 @@ def _as_list(experts: Any) -> list[Tree]:
     return list(experts)
 
 
-def _check_names(names: Sequence[str], experts: Sequence[Tree], count: str) -> None:
+def _names(names: Sequence[str] | None, experts: Sequence[Any]) -> list[str]:
+    named = [str(i) for i in range(len(experts))] if names is None else list(names)
     problems = []
     if not experts:
         problems.append("there is no expert to merge; pass at least one")
-    if len(names) != len(experts):
-        problems.append(f"there are {len(names)} names for {len(experts)} experts; name each once")
-    if len(set(names)) < len(names):
-        problems.append(f"two experts have one name in {list(names)}; name each once")
-    if count not in ("all", "changed"):
-        problems.append(f"count: '{count}' is unknown, {did_you_mean(count, ['all', 'changed'])}")
+    if len(named) != len(experts):
+        problems.append(f"there are {len(named)} names for {len(experts)} experts; name each once")
+    if len(set(named)) < len(named):
+        problems.append(f"two experts have one name in {named}; name each once")
     raise_all(problems)
+    return named
 
 
 def _split(
     described: Sequence[LeafInfo], known: Mapping[str, Any], common: Mapping[str, Any]
 ) -> tuple[list[LeafInfo], list[LeafInfo]]:
     """The leaves that are merged, with what is known about them, and those that are copied."""
-    merged, copied = [], []
+    merged: list[LeafInfo] = []
+    copied: list[LeafInfo] = []
     for info in described:
-        own = [*known.get(info.name, {}), *(need for need, tree in common.items() if info.name in tree)]
+        own = (*known.get(info.name, {}), *common.get(info.name, {}))
         target = copied if info.role in (BUFFER, HEAD) else merged
-        target.append(dataclasses.replace(info, stats=tuple(own)))
+        target.append(dataclasses.replace(info, stats=own))
     return merged, copied

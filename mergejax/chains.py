@@ -110,8 +110,8 @@ def chain(*items: Node) -> Chain:
 
     Example:
         >>> import mergejax as mj
-        >>> mj.chain(mj.drop(0.9), mj.ties(density=0.3))
-        drop(rate=0.9)|ties(density=0.3)
+        >>> mj.chain(mj.drop(0.8), mj.ties(density=0.3))
+        drop(rate=0.8)|ties(density=0.3)
     """
     for item in items:
         if not isinstance(item, Node):
@@ -135,8 +135,8 @@ def by_stats(need: str, known: Node, otherwise: Node) -> Branch:
 
     Example:
         >>> import mergejax as mj
-        >>> mj.by_stats('gram', mj.gram_mean(), otherwise=mj.mean())
-        by_stats(gram=gram_mean(), otherwise=mean())
+        >>> mj.by_stats('gram', mj.gram_solve(), otherwise=mj.mean())
+        by_stats(gram=gram_solve(), otherwise=mean())
     """
     choose = _HasStatistic(need)
     return Branch("by_stats", choose, {need: chain(known), "otherwise": chain(otherwise)})
@@ -229,7 +229,9 @@ def expand(node: Node, info: Any, path: str = "") -> list[Placed]:
         case Stage():
             return [Placed(path, node)]
         case Chain():
-            return [p for i, item in enumerate(node.items) for p in expand(item, info, f"{path}/{i}")]
+            return [
+                p for i, item in enumerate(node.items) for p in expand(item, info, f"{path}/{i}")
+            ]
         case Branch():
             name = node.choose(info)
             return expand(node.branches[name], info, f"{path}/{name}")

@@ -22,7 +22,7 @@ Space = typing.Literal["delta", "weights", "either"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["base", "depth", "block", "expert", "key", "start", "stats", "shared"],
+    data_fields=["base", "depth", "block", "expert", "key", "start", "stats", "shared", "carried"],
     meta_fields=["role", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +33,15 @@ class Leaf:
         base: the base's values, float32, or None when there is no base.
         depth: position in the network, float32 in [0, 1].
         block: index of the numbered block that the leaf belongs to, int32; -1 outside the blocks.
-        expert: index of the expert, int32; in stages that see one expert at a time.
+        expert: index of the expert, int32, in stages that see one expert at a time; the number of
+            experts before these in all others.
         key: uint32[2], derived from the seed, the leaf's name, the expert's name and the place
             of the stage in its chain; `jax.random.wrap_key_data(leaf.key)` makes a JAX key of it.
         start: uint32[2], low and high half of the index of this block's first element in the leaf.
         stats: statistics of the experts by name, expert axis first (no such axis in stages that
             see one expert at a time).
         shared: statistics by name that belong to no expert.
+        carried: what a fold made of earlier experts, in continual merging; else None.
         role: 'kernel', 'convolution', 'embedding', 'norm', 'bias', ... (see `leaves.py`).
         layout: the meaning of the axes, for instance 'io' or 'oi' (see `leaves.py`).
     """
@@ -52,6 +54,7 @@ class Leaf:
     start: Array
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)
     shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+    carried: Any = None
     role: str = ""
     layout: str = ""
 

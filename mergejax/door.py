@@ -114,8 +114,30 @@ def statistics_by_leaf(
                 hint = did_you_mean(name, shapes)
                 problems.append(f"stats['{need}'] has a leaf '{name}' that no model has, {hint}")
             elif owners:
-                problems.append(f"stats['{need}'][{owners[0]}] has no leaf '{name}'; collect it too")
+                problems.append(
+                    f"stats['{need}'][{owners[0]}] has no leaf '{name}'; collect it too"
+                )
             else:
                 found.setdefault(name, {})[need] = [tree[name] for tree in named]
+    raise_all(problems)
+    return found
+
+
+def shared_by_leaf(
+    shared: Mapping[str, Tree], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, dict[str, Any]]:
+    """Statistics that belong to no expert, as {leaf name: {statistic: array}}.
+
+    Raises:
+        MergeError: a statistic for a leaf that does not exist.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    problems = []
+    for need, tree in shared.items():
+        for name, array in leaves_by_name(tree, f"shared['{need}']")[0].items():
+            if name not in shapes:
+                hint = did_you_mean(name, shapes)
+                problems.append(f"shared['{need}'] has a leaf '{name}' that no model has, {hint}")
+            found.setdefault(name, {})[need] = array
     raise_all(problems)
     return found

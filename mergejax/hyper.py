@@ -150,7 +150,8 @@ def by_depth(values: Sequence[Any]) -> ByDepth:
 
 
 Rule = ByName | ByDepth
-Number = float | Sequence[float] | Rule | jax.Array | np.ndarray
+# A number, a list with one number per expert, or a rule; inside a factory always an array or float.
+Number = Any
 Scaling = Annotated[Number, Interval()]
 Weights = Annotated[Number, Interval()]
 Density = Annotated[Number, Interval(0, 1, open_low=True)]

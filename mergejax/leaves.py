@@ -104,7 +104,7 @@ def role_of(name: str, shape: tuple[int, ...], dtype: Any) -> str:
         return "norm" if last in ("scale", "weight", "gamma", "g") else "vector"
     if _EMBEDDING.search(name) and "kernel" not in last and "patch" not in name:
         return "embedding"
-    if len(shape) == 4 or "conv" in name.lower() and len(shape) > 2:
+    if len(shape) == 4 or ("conv" in name.lower() and len(shape) > 2):
         return "convolution"
     if len(shape) == 2 or last in ("kernel", "weight"):
         return "kernel"

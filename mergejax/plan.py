@@ -13,7 +13,7 @@ import numpy as np
 
 from mergejax import hyper
 from mergejax.chains import Chain, Placed, check_order, expand
-from mergejax.core import Stage
+from mergejax.core import Round, Stage
 from mergejax.errors import raise_all
 from mergejax.leaves import STATISTIC, LeafInfo
 from mergejax.step import Due, at_expert
@@ -212,7 +212,18 @@ def _local_numbers(placed: Sequence[Placed], size: int, plan: Plan) -> dict[str,
     return found
 
 
-def solve(plan: Plan, path: str, totals: Sequence[Any], size: Any, recalled: Any) -> Any:
+def remember(memory: Any, current: Round, recalled: Any, experts: int) -> Any:
+    """Extends what a round remembers of earlier experts by the totals of new ones."""
+    assert current.recall is not None
+    memory = current.recall.start if memory is None else memory
+    for i in range(experts):
+        memory = current.recall.extend(memory, jax.tree.map(lambda x, i=i: x[i], recalled))
+    return memory
+
+
+def solve(
+    plan: Plan, path: str, totals: Sequence[Any], size: Any, recalled: Any, memory: Any
+) -> Any:
     """Solves one round of a stage from its sums so far."""
     stage = plan.measured[path]
     number = len(totals) - 1
@@ -224,9 +235,6 @@ def solve(plan: Plan, path: str, totals: Sequence[Any], size: Any, recalled: Any
             several.append(current.solve(part, size, None))
         return jax.tree.map(lambda *xs: _stack(xs), *several)
     current = stage.build().rounds[number]
-    memory = None
     if current.recall is not None:
-        memory = current.recall.start
-        for i in range(plan.experts):
-            memory = current.recall.extend(memory, jax.tree.map(lambda x, i=i: x[i], recalled))
+        memory = remember(memory, current, recalled, plan.experts)
     return current.solve(list(totals), size, memory)

@@ -12,7 +12,7 @@ from typing import Any
 from mergejax import chains, hyper
 from mergejax.chains import Chain, chain
 from mergejax.errors import MergeError, did_you_mean
-from mergejax.methods import pieces
+from mergejax.methods import combine, elect, sparsify
 from mergejax.methods.average import average, linear
 from mergejax.methods.dare import dare
 from mergejax.methods.fisher import fisher, fisher_mean
@@ -58,13 +58,13 @@ METHODS: dict[str, Entry] = {
     "opcm": Entry(opcm, ordered=True, neutral={}),
 }
 
+_SINGLE = (arc, fisher_mean, gram_solve, orthogonal_total, to_mean_norm)
 PIECES: dict[str, Callable[..., Any]] = {
-    **{name: make for name, make in vars(pieces).items() if hasattr(make, "factory")},
-    **{
-        make.__name__: make
-        for make in (arc, fisher_mean, gram_solve, orthogonal_total, to_mean_norm)
-    },
-}
+    name: make
+    for module in (sparsify, elect, combine)
+    for name, make in vars(module).items()
+    if hasattr(make, "factory")
+} | {make.__name__: make for make in _SINGLE}
 
 _RULES: dict[str, Callable[..., Any]] = {
     "by_name": hyper.by_name,
@@ -146,12 +146,12 @@ def _read(node: ast.expr, text: str) -> Any:
             return chain(_read(node.left, text), _read(node.right, text))
         case ast.Name():
             return _word(node.id)()
-        case ast.Call(func=ast.Name()):
+        case ast.Call(func=ast.Name(id=name)):
             if any(keyword.arg is None for keyword in node.keywords):
                 raise MergeError(f"'{text}': '**' is not part of the language; name the parameters")
             arguments = [_read_value(argument, text) for argument in node.args]
             named = {k.arg: _read_value(k.value, text) for k in node.keywords if k.arg}
-            return _call(_word(node.func.id), arguments, named)
+            return _call(_word(name), arguments, named)
     raise MergeError(
         f"'{ast.unparse(node)}' in '{text}' is not a method; write names with their parameters, "
         "joined by '|'"
@@ -198,5 +198,3 @@ def as_chain(method: Any) -> Chain:
         f"a method is a chain such as mj.ties(density=0.2) or a text such as 'ties()', "
         f"not {method!r}"
     )
-
-

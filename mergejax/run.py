@@ -14,25 +14,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import hyper
+from mergejax import forms, hyper
 from mergejax.chains import Placed
 from mergejax.core import Array, Leaf
-from mergejax.errors import MergeError, raise_all
+from mergejax.errors import raise_all
 from mergejax.leaves import LeafInfo
 from mergejax.plan import Plan, depths_of, local_numbers, solve, with_arrays
 from mergejax.randomness import fold_key, name_key
-from mergejax.step import BLOCK, Due, Seen, run_blocks, run_layers, run_leaf
-
-_RUNNERS = {"leaf": run_leaf, "layers": run_layers, "blocks": run_blocks}
+from mergejax.step import Due, Seen
 
 
 class Values(NamedTuple):
-    """The arrays of one leaf: base or None, experts, statistics by name (per expert, shared)."""
+    """The arrays of one leaf: base or None, experts, statistics by name (per expert, shared).
+
+    `carried` is what a fold made of earlier experts; there it replaces them.
+    """
 
     base: Any
     experts: Sequence[Any]
-    stats: Mapping[str, Sequence[Any]]
-    shared: Mapping[str, Any]
+    stats: Mapping[str, Sequence[Any]] = {}
+    shared: Mapping[str, Any] = {}
+    carried: Any = None
 
 
 Load = Callable[[str], Values]
@@ -40,7 +42,8 @@ Sink = Callable[[str, Sequence[Array]], None]
 Progress = Callable[[int, int, str], None]
 
 
-class Settings(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Settings:
     """What an executor needs to know besides the plan.
 
     Attributes:
@@ -49,6 +52,9 @@ class Settings(NamedTuple):
         count: 'all' leaves enter ranks and norms, or only those that are 'changed'.
         dtype: of the output, or None for the leaf's own.
         progress: called with (leaves done, leaves in all, name), or None.
+        part: 'all', or one half of a chain with a fold: see `forms.run_leaf`.
+        earlier: number of experts that a fold carries already.
+        memory: by path, what rounds remember of those.
     """
 
     names: Sequence[str]
@@ -56,6 +62,9 @@ class Settings(NamedTuple):
     count: str = "all"
     dtype: Any = None
     progress: Progress | None = None
+    part: str = "all"
+    earlier: Any = 0
+    memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _program(
@@ -71,21 +80,30 @@ def _program(
     due: Due | None,
     count: str,
     dtype: Any,
+    part: str,
 ) -> tuple[Any, Array, Array]:
     """One leaf in one pass: what was asked for, whether it counts, non-finite values found."""
     leaf = leaf.replace(key=fold_key(leaf.key, seed))
-    found = _RUNNERS[runner](placed, leaf, experts, names, seen, local, due)
+    if runner == "blocks":
+        found = forms.run_blocks(placed, leaf, experts, names, seen, local, due)
+    else:
+        run = forms.run_layers if runner == "layers" else forms.run_leaf
+        found = run(placed, leaf, experts, names, seen, local, due, part)
     inputs = [*experts, *([] if leaf.base is None else [leaf.base])]
-    bad = jnp.stack([(~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in inputs])
     counts = jnp.bool_(True)
     if due is not None:
         if count == "changed" and leaf.base is not None:
             counts = jnp.any(jnp.stack([jnp.any(expert != leaf.base) for expert in experts]))
         found = jax.tree.map(lambda x: jnp.where(counts, x, jnp.zeros_like(x)), found)
-        return found, counts, bad
-    merged = [x.astype(dtype) for x in found]
-    made = jnp.stack([(~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in merged])
-    return merged, counts, jnp.concatenate([bad, made])
+        return found, counts, _non_finite(inputs)
+    if part != "fold":
+        found = [x.astype(dtype) for x in found]
+    return found, counts, _non_finite([*inputs, *jax.tree.leaves(found)])
+
+
+def _non_finite(arrays: Sequence[Array]) -> Array:
+    """How many values of each array are NaN or Inf, int32."""
+    return jnp.stack([(~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in arrays])
 
 
 class Arithmetic(NamedTuple):
@@ -110,7 +128,7 @@ def _narrow(x: Any) -> np.ndarray:
 
 
 LEAFWISE = Arithmetic(
-    program=jax.jit(_program, static_argnames=("runner", "due", "count", "dtype")),
+    program=jax.jit(_program, static_argnames=("runner", "due", "count", "dtype", "part")),
     total=_host_total,
     size=lambda counts, size: size if bool(counts) else 0,
     narrow=_narrow,
@@ -123,29 +141,31 @@ TRACED = Arithmetic(
 )
 
 
-def _leaf(info: LeafInfo, values: Values) -> Leaf:
+def _leaf(info: LeafInfo, values: Values, earlier: Any) -> Leaf:
     layered = info.layers is not None
     return Leaf(
         base=values.base,
         depth=np.asarray(depths_of(info) if layered else info.depth, np.float32),  # type: ignore
         block=np.asarray(np.arange(info.layers) if layered else info.block, np.int32),  # type: ignore
-        expert=np.int32(-1),  # type: ignore[arg-type]
+        expert=jnp.asarray(earlier, jnp.int32),
         key=name_key(info.name),  # type: ignore[arg-type]
         start=np.zeros(2, np.uint32),  # type: ignore[arg-type]
         stats={name: list(several) for name, several in values.stats.items()},
         shared=dict(values.shared),
+        carried=values.carried,
         role=info.role,
         layout=info.layout,
     )
 
 
-def _runner(placed: Sequence[Placed], info: LeafInfo, values: Values) -> str:
+def _runner(placed: Sequence[Placed], info: LeafInfo, values: Values, part: str) -> str:
     if info.layers is not None:
         return "layers"
     whole = [x for x in values.experts if isinstance(x, jax.Array) and not hyper.is_traced(x)]
     spread = any(len(x.sharding.device_set) > 1 for x in whole)
     elementwise = all(p.role == "apply" and p.stage.elementwise for p in placed)
-    return "blocks" if elementwise and not spread and info.size > 2 * BLOCK else "leaf"
+    large = part == "all" and info.size > 2 * forms.BLOCK
+    return "blocks" if elementwise and large and not spread else "leaf"
 
 
 def execute(
@@ -169,7 +189,7 @@ def execute(
     Raises:
         MergeError: a non-finite input, a non-finite result.
     """
-    names = np.stack([name_key(name) for name in settings.names])
+    names = np.array([name_key(name) for name in settings.names], np.uint32).reshape(-1, 2)
     seed = jnp.asarray(settings.seed).astype(jnp.uint32)
     seen: dict[str, tuple[Any, ...]] = {}
     totals: dict[str, list[Any]] = {}
@@ -186,16 +206,17 @@ def execute(
             placed = plan.placed[info.name]
             found, counts, nonfinite = arithmetic.program(
                 _as_data(placed),
-                _leaf(info, values),
+                _leaf(info, values, settings.earlier),
                 list(values.experts),
                 names,
                 seed,
                 seen,
                 jax.tree.map(arithmetic.narrow, local_numbers(plan, info)),
-                runner=_runner(placed, info, values),
+                runner=_runner(placed, info, values, settings.part),
                 due=due,
                 count=settings.count,
                 dtype=np.dtype(settings.dtype or info.dtype),
+                part=settings.part,
             )
             bad.append((info, values.base is not None, nonfinite))
             if due is None:
@@ -210,7 +231,8 @@ def execute(
             _refuse_non_finite(bad, settings)
         for (path, _), (size, (measured, recalled)) in sums.items():
             totals.setdefault(path, []).append(measured)
-            solved = solve(plan, path, totals[path], size, recalled)
+            memory = settings.memory.get(path)
+            solved = solve(plan, path, totals[path], size, recalled, memory)
             seen[path] = (*seen.get(path, ()), jax.tree.map(arithmetic.narrow, solved))
 
 

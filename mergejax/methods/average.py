@@ -7,7 +7,7 @@ from mergejax.chains import chain
 from mergejax.core import method
 from mergejax.errors import MergeError
 from mergejax.hyper import Weights
-from mergejax.methods.pieces import mean, weighted_sum
+from mergejax.methods.combine import mean, weighted_sum
 
 
 @method

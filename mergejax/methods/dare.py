@@ -3,7 +3,7 @@
 from mergejax.chains import chain
 from mergejax.core import method
 from mergejax.hyper import Fraction, Scaling, Weights
-from mergejax.methods.pieces import Rescale, drop
+from mergejax.methods.sparsify import Rescale, drop
 from mergejax.methods.task_arithmetic import task_arithmetic
 
 

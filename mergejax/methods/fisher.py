@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from mergejax.chains import chain
 from mergejax.core import Parts, Round, method, reduce
 from mergejax.hyper import NonNegative
-from mergejax.methods.pieces import per_expert
+from mergejax.methods.elect import per_expert
 
 Floor = Literal["relative", "maximum", "first", "added"]
 
@@ -50,8 +50,10 @@ def fisher_mean(
             factors = 1 / (norms + floor)
         if not normalize:
             factors = jnp.ones_like(norms)
-        importance = per_expert(weights, ds) * per_expert(factors, ds) * _floored(
-            information, per_expert(means, ds)
+        importance = (
+            per_expert(weights, ds)
+            * per_expert(factors, ds)
+            * _floored(information, per_expert(means, ds))
         )
         share = importance.sum(0, keepdims=True)
         share = jnp.where(share > 0, importance / jnp.where(share > 0, share, 1.0), 1 / ds.shape[0])

@@ -7,7 +7,7 @@ from mergejax.chains import by_role, chain
 from mergejax.core import Parts, Recall, Round, each, fold, method
 from mergejax.hyper import Fraction
 from mergejax.leaves import as_matrix
-from mergejax.methods.pieces import total
+from mergejax.methods.combine import total
 from mergejax.summaries import ratio, squares
 
 

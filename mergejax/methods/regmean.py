@@ -8,7 +8,8 @@ from mergejax.core import method, reduce
 from mergejax.hyper import Fraction, NonNegative
 from mergejax.leaves import as_matrix
 from mergejax.linalg.solve import safe_solve
-from mergejax.methods.pieces import mean, per_expert
+from mergejax.methods.combine import mean
+from mergejax.methods.elect import per_expert
 
 
 @reduce(space="weights", needs=("gram",))

@@ -3,7 +3,7 @@
 from mergejax.chains import chain
 from mergejax.core import method
 from mergejax.hyper import Scaling, Weights
-from mergejax.methods.pieces import scale, total
+from mergejax.methods.combine import scale, total
 
 
 @method

@@ -5,16 +5,9 @@ from typing import Literal
 from mergejax.chains import chain
 from mergejax.core import method
 from mergejax.hyper import Density, Scaling, Weights
-from mergejax.methods.pieces import (
-    Cut,
-    disjoint_max,
-    disjoint_mean,
-    elect_sign,
-    scale,
-    total,
-    trim,
-    weigh,
-)
+from mergejax.methods.combine import scale, total
+from mergejax.methods.elect import disjoint_max, disjoint_mean, elect_sign, weigh
+from mergejax.methods.sparsify import Cut, trim
 
 
 @method

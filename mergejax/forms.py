@@ -1,0 +1,150 @@
+"""The forms that a leaf may have: whole, layers stacked along an axis, or too large for one piece.
+
+Each form runs the same stages; an executor picks one by the leaf's size and description.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mergejax.chains import Placed
+from mergejax.core import Array, Leaf
+from mergejax.randomness import fold_key
+from mergejax.step import (
+    Due,
+    Seen,
+    State,
+    advance,
+    begin,
+    enter_space,
+    finish,
+    first_space,
+    fold_experts,
+    mapped_fields,
+)
+
+BLOCK = 2**18  # elements; a block of every expert stays in the processor's cache
+
+
+def run_leaf(
+    placed: Sequence[Placed],
+    leaf: Leaf,
+    experts: Sequence[Array],
+    names: Array,
+    seen: Seen,
+    local: Mapping[str, Any],
+    due: Due | None = None,
+    part: str = "all",
+) -> Any:
+    """One leaf from its experts to the merged arrays, or to the measurements that are due.
+
+    Part 'fold' stops at the fold and returns what it carries; part 'rest' starts from there.
+    """
+    leaf = leaf.replace(
+        base=None if leaf.base is None else leaf.base.astype(jnp.float32),
+        stats={name: jnp.stack(list(values)) for name, values in leaf.stats.items()},
+    )
+    seen = {
+        path: (*seen.get(path, ()), *([local[path]] if path in local else []))
+        for path in {*seen, *local}
+    }
+    start, stop = 0, len(placed)
+    if part == "all":
+        state = begin(placed, leaf, experts)
+    else:
+        turn = next(i for i, p in enumerate(placed) if p.stage.kind == "fold")
+        if part == "fold":
+            stop, state = turn, begin(placed, leaf, experts)
+        else:
+            start, state = turn + 1, _resume(placed[: turn + 1], leaf)
+    measured = advance(placed[start:stop], state, leaf, names, seen, due, start)
+    if due is not None:
+        return measured
+    if part == "fold":
+        enter_space(state, placed[stop].stage.factory.space, leaf)
+        return fold_experts(placed[stop].stage, state.values, leaf, names, stop)
+    return finish(state, leaf)
+
+
+def _resume(placed: Sequence[Placed], leaf: Leaf) -> State:
+    """The state behind a fold whose experts are gone; `placed` ends with the fold."""
+    spaces = [first_space(placed), *(p.stage.factory.space for p in placed)]
+    space = [space for space in spaces if space != "either"][-1]
+    merged = placed[-1].stage.build().finish(leaf.carried, leaf, ())
+    return State([merged], [], space, reduced=True)
+
+
+def run_layers(
+    placed: Sequence[Placed],
+    leaf: Leaf,
+    experts: Sequence[Array],
+    names: Array,
+    seen: Seen,
+    local: Mapping[str, Any],
+    due: Due | None = None,
+    part: str = "all",
+) -> Any:
+    """A leaf that stacks layers along its first axis: every layer is a leaf of its own.
+
+    The stages' numbers, `local`, `depth` and `block` have the layers' axis in front.
+    """
+    count = leaf.depth.shape[0]
+    keys = jax.vmap(lambda layer: fold_key(leaf.key, layer))(jnp.arange(count, dtype=jnp.uint32))
+    axes = mapped_fields(leaf, "base", "depth", "block", "key", "stats", "shared", "carried")
+    out = jax.vmap(
+        lambda p, one, several, own: run_leaf(p, one, several, names, seen, own, due, part),
+        (0, axes, 0, 0),
+    )(placed, leaf.replace(key=keys), list(experts), local)
+    return out if due is None else jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), out)
+
+
+def run_blocks(
+    placed: Sequence[Placed],
+    leaf: Leaf,
+    experts: Sequence[Array],
+    names: Array,
+    seen: Seen,
+    local: Mapping[str, Any],
+    due: Due | None = None,
+) -> Any:
+    """A large leaf of an elementwise chain, block by block, so that no copy of it is made."""
+    shape, size = experts[0].shape, experts[0].size
+    arrays = (leaf.base, list(experts), leaf.stats)
+    flat = jax.tree.map(lambda x: x.reshape(-1), arrays)
+    count = size // BLOCK
+
+    def run_block(number: Array, length: int) -> Any:
+        base, several, stats = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, number * BLOCK, length), flat
+        )
+        word = number.astype(jnp.uint32)
+        start = jnp.stack([word * jnp.uint32(BLOCK), word >> jnp.uint32(14)])
+        one = leaf.replace(base=base, stats=stats, start=start)
+        return run_leaf(placed, one, several, names, seen, local, due)
+
+    def place(number: Array, out: Any) -> Any:
+        block = run_block(number, BLOCK)
+        if due is not None:
+            return jax.tree.map(jnp.add, out, block)
+        return [
+            jax.lax.dynamic_update_slice_in_dim(whole, part, number * BLOCK, 0)
+            for whole, part in zip(out, block, strict=True)
+        ]
+
+    shapes = jax.eval_shape(run_block, jnp.int32(0), BLOCK)
+    if due is None:
+        start = [jnp.zeros(size, x.dtype) for x in shapes]
+    else:
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    out = jax.lax.fori_loop(0, count, place, start)
+    if rest := size - count * BLOCK:
+        tail = run_block(jnp.int32(count), rest)
+        if due is not None:
+            return jax.tree.map(jnp.add, out, tail)
+        out = [
+            jax.lax.dynamic_update_slice_in_dim(w, t, count * BLOCK, 0)
+            for w, t in zip(out, tail, strict=True)
+        ]
+    return out if due is not None else [whole.reshape(shape) for whole in out]

@@ -85,20 +85,37 @@ def _unstack(stacked: Tree, heads: Sequence[Tree]) -> list[Tree]:
     ]
 
 
-def _optimizer(settings: Settings) -> optax.GradientTransformation:
+def learning_rates(settings: Settings) -> np.ndarray:
+    """Lists the learning rate of every step: a linear rise, then a cosine down to 1 % of the peak.
+
+    Example:
+        >>> learning_rates(Settings(steps=4, learning_rate=1.0, batch=1, warmup=0.5)).round(2)
+        array([0. , 0.5, 1. , 0.5], dtype=float32)
+    """
     warmup = int(settings.warmup * settings.steps)
     peak = settings.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, settings.steps, 0.01 * peak)
-    adamw = optax.adamw(schedule, weight_decay=settings.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+        return np.asarray(jax.vmap(schedule)(np.arange(settings.steps)), np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings"))
+def _direction(weight_decay: float | jax.Array) -> optax.GradientTransformation:
+    """AdamW up to the learning rate, which is data, so that one compilation serves all."""
+    decay = optax.add_decayed_weights(weight_decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), decay)
+
+
+@functools.partial(jax.jit, static_argnames="model")
 def _chunk(
-    trained: Tree, state: Tree, frozen: Tree, batches: Batch, model: nn.Module, settings: Settings
+    trained: Tree,
+    state: Tree,
+    frozen: Tree,
+    batches: Batch,
+    rates: jax.Array,
+    weight_decay: jax.Array,
+    model: nn.Module,
 ) -> tuple[Tree, Tree, jax.Array]:
     """Takes one step per batch; returns parameters, optimiser state and the losses [steps]."""
-    optimizer = _optimizer(settings)
 
     def loss(trained: Tree, batch: Batch) -> jax.Array:
         params = {**frozen, **trained}
@@ -108,19 +125,19 @@ def _chunk(
         logits = jnp.take_along_axis(every, batch.problems[:, None, None], axis=1)[:, 0]
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
-    def step(carry: tuple[Tree, Tree], batch: Batch) -> tuple[tuple[Tree, Tree], jax.Array]:
-        trained, state = carry
+    def step(carry: tuple[Tree, Tree], data: tuple[Batch, jax.Array]) -> tuple[Any, jax.Array]:
+        (trained, state), (batch, rate) = carry, data
         value, gradient = jax.value_and_grad(loss)(trained, batch)
-        updates, state = optimizer.update(gradient, state, trained)
-        return (optax.apply_updates(trained, updates), state), value
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            updates, state = _direction(weight_decay).update(gradient, state, trained)
+        trained = jax.tree.map(lambda leaf, update: leaf - rate * update, trained, updates)
+        return (trained, state), value
 
-    (trained, state), losses = jax.lax.scan(step, (trained, state), batches)
+    (trained, state), losses = jax.lax.scan(step, (trained, state), (batches, rates))
     return trained, state, losses
 
 
-def draw(
-    splits: Sequence[Split], steps: int, batch: int, generator: np.random.Generator
-) -> Batch:
+def draw(splits: Sequence[Split], steps: int, batch: int, generator: np.random.Generator) -> Batch:
     """Draws the batches of a chunk on the host: a problem for each image, then an image of it.
 
     Args:
@@ -176,13 +193,15 @@ def fit(
     trained, frozen = {"body": body, "heads": stacked}, {}
     if not train_heads:
         trained, frozen = {"body": body}, {"heads": stacked}
-    state = _optimizer(settings).init(trained)
+    state = _direction(settings.weight_decay).init(trained)
+    rates, decay = learning_rates(settings), jnp.float32(settings.weight_decay)
     generator = np.random.default_rng(list(seed))
     losses = []
     for start in range(0, settings.steps, CHUNK):
         steps = min(CHUNK, settings.steps - start)
         batches = draw([splits[name] for name in names], steps, settings.batch, generator)
-        trained, state, values = _chunk(trained, state, frozen, batches, model, settings)
+        now = rates[start : start + steps]
+        trained, state, values = _chunk(trained, state, frozen, batches, now, decay, model)
         losses.append(np.asarray(values))
         advance(steps)
     separate = _unstack({**frozen, **trained}["heads"], [heads[name] for name in names])

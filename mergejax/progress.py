@@ -52,9 +52,11 @@ class Printer:
         """Shows a bar, or lines, while the block runs."""
         stream = self._stream or sys.stdout
         started = time.monotonic()
-        with _bar(stream, description, total) if stream.isatty() else self._lines(
-            description, total
-        ) as advance:
+        with (
+            _bar(stream, description, total)
+            if stream.isatty()
+            else self._lines(description, total) as advance
+        ):
             yield advance
         self.log(f"{description}: {total} steps in {time.monotonic() - started:.0f} s")
 
@@ -84,8 +86,6 @@ def _bar(stream: TextIO, description: str, total: int) -> Iterator[Callable[[int
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(
-        *columns, console=console.Console(file=stream), transient=True
-    ) as bars:
+    with progress.Progress(*columns, console=console.Console(file=stream), transient=True) as bars:
         bar = bars.add_task(description, total=total)
         yield lambda n: bars.advance(bar, n)

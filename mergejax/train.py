@@ -8,11 +8,12 @@ starts from the base too and trains its own copies of the heads.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -73,7 +74,8 @@ def logits(model: nn.Module, body: Tree, head: Tree, images: jax.Array) -> jax.A
         (3, 10)
     """
     features = model.apply({"params": body}, images)
-    return nn.Dense(head["bias"].shape[0]).apply({"params": head}, features)
+    scores = nn.Dense(head["bias"].shape[0]).apply({"params": head}, features)
+    return cast(jax.Array, scores)
 
 
 def initial(
@@ -91,7 +93,7 @@ def initial(
         The body's parameters, and by name the heads: kernel [width, classes], bias [classes].
     """
     key = jax.random.key(seed)
-    features, variables = model.init_with_output(key, jnp.zeros([1, *shape]))
+    features, variables = jax.jit(model.init_with_output)(key, jnp.zeros([1, *shape]))
 
     def head(index: int, outputs: int) -> Tree:
         dense = nn.Dense(outputs, kernel_init=nn.initializers.normal(0.02))
@@ -143,16 +145,16 @@ def train_all(
     model = vit.VisionTransformer(**config.model)
     run = _Run(config, tasks, model, folder, reporter, fingerprint.read_json(folder / LOG))
     heads, base = _kept(run, ["heads", "base"], lambda: _pretrain(run))
-    experts = {
-        name: _kept(run, [f"experts/{name}"], lambda name=name: _fine_tune(run, name, base, heads))
-        for name in tasks
-    }
+    experts = {}
+    for name in tasks:
+        make = functools.partial(_fine_tune, run, name, base, heads)
+        (experts[name],) = _kept(run, [f"experts/{name}"], make)
     names = ["multi_task_heads", "multi_task"]
     multi_task_heads, multi_task = _kept(run, names, lambda: _train_jointly(run, base, heads))
     return Trained(
         model=model,
         base=base,
-        experts={name: body for name, (body,) in experts.items()},
+        experts=experts,
         heads=heads,
         multi_task=multi_task,
         multi_task_heads=multi_task_heads,

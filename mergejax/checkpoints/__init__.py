@@ -1,0 +1,1 @@
+"""Parameter trees on disk, one module per file format."""

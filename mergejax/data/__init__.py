@@ -1,0 +1,59 @@
+"""Data sets as tasks: `load` gives the tasks of a config, `pretraining` what their base learns."""
+
+import pathlib
+from collections.abc import Mapping
+
+import ml_collections
+
+from mergejax import errors
+from mergejax.data import digits, images
+from mergejax.data.task import Split as Split
+from mergejax.data.task import Task as Task
+from mergejax.progress import Reporter
+
+SUITES = ("digits", "images")
+
+
+def load(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path, reporter: Reporter
+) -> dict[str, Task]:
+    """Loads the tasks that a config names.
+
+    Args:
+        config: `data` (suite and its settings), `data_dir` (image sets only) and `seed`.
+        workdir: where decoded images are kept for the next run; digits write nothing.
+        reporter: told what takes time.
+
+    Returns:
+        The tasks by name, in the order of `config.data.tasks`.
+
+    Raises:
+        MergeError: for unknown suites and tasks, and data sets that are missing.
+    """
+    data = config.data
+    match data.suite:
+        case "digits":
+            return digits.load(data.tasks, data.train, data.validation, config.seed)
+        case "images":
+            return images.load(data, config.data_dir, pathlib.Path(workdir), reporter)
+    raise errors.MergeError(
+        f"config.data.suite: there is no suite '{data.suite}', "
+        f"{errors.did_you_mean(data.suite, SUITES)}"
+    )
+
+
+def pretraining(config: ml_collections.ConfigDict, tasks: Mapping[str, Task]) -> dict[str, Split]:
+    """The problems that the base learns, by the name of the head that each of them trains.
+
+    Args:
+        config: as for `load`.
+        tasks: what `load` returned.
+
+    Returns:
+        For digits, distorted upright scans with every kind of label that the tasks ask for; for
+        images, the training splits of all tasks.
+    """
+    data = config.data
+    if data.suite == "digits":
+        return digits.pretraining(tasks, data.train, data.validation, config.seed, data.variants)
+    return {task.head: task.train for task in tasks.values()}

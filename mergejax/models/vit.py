@@ -1,0 +1,113 @@
+"""A small vision transformer whose parameters are easy to merge: every kernel is [in, out]."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def cut_patches(images: jax.Array, size: int) -> jax.Array:
+    """Cuts images into square patches, row by row.
+
+    Args:
+      images: [n, height, width, channels]; height and width are multiples of `size`.
+      size: Side of a patch in pixels.
+
+    Returns:
+      [n, height/size * width/size, size * size * channels], same dtype.
+
+    Raises:
+      ValueError: If a side is no multiple of `size`.
+
+    Example:
+      >>> cut_patches(jnp.zeros([5, 8, 8, 3]), 4).shape
+      (5, 4, 48)
+    """
+    n, height, width, channels = images.shape
+    if height % size or width % size:
+        raise ValueError(
+            f"images of {height}x{width} pixels cannot be cut into patches of {size}x{size}: "
+            "choose a patch size that divides both sides"
+        )
+    rows, columns = height // size, width // size
+    grid = images.reshape(n, rows, size, columns, size, channels)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * columns, size * size * channels)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; each of its four projections is one plain [in, out] kernel."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps [n, tokens, width] to [n, tokens, width]."""
+        n, length, width = tokens.shape
+
+        def project(name: str) -> jax.Array:
+            dense = nn.Dense(width, name=name)
+            return dense(tokens).reshape(n, length, self.heads, width // self.heads)
+
+        mixed = nn.dot_product_attention(project("query"), project("key"), project("value"))
+        return nn.Dense(width, name="out")(mixed.reshape(n, length, width))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: attention, then a two-layer perceptron, both residual."""
+
+    heads: int
+    expansion: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps [n, tokens, width] to [n, tokens, width]."""
+        width = tokens.shape[-1]
+        normed = nn.LayerNorm(name="attention_norm")(tokens)
+        tokens = tokens + Attention(self.heads, name="attention")(normed)
+        normed = nn.LayerNorm(name="mlp_norm")(tokens)
+        hidden = nn.gelu(nn.Dense(self.expansion * width, name="mlp_in")(normed))
+        return tokens + nn.Dense(width, name="mlp_out")(hidden)
+
+
+class VisionTransformer(nn.Module):
+    """The body of a classifier: images in [0, 1] to one feature vector each, mean over the tokens.
+
+    Pre-norm, learned positions, no class token, no dropout. The blocks are named `block_0`,
+    `block_1`, ... so that the depth of a parameter can be read from its name. A classifier is this
+    body followed by one `nn.Dense` head per task (see `mergejax.train.logits`).
+
+    Args:
+      patch: Side of a patch in pixels.
+      width: Features per token.
+      depth: Number of blocks.
+      heads: Attention heads; divides `width`.
+      expansion: Hidden width of the perceptrons, as a multiple of `width`.
+
+    Example:
+      >>> model = VisionTransformer(patch=4, width=16, depth=2, heads=2)
+      >>> params = model.init(jax.random.key(0), jnp.zeros([1, 8, 8, 1]))['params']
+      >>> sorted(params)
+      ['block_0', 'block_1', 'norm', 'patches', 'positions']
+      >>> model.apply({'params': params}, jnp.zeros([3, 8, 8, 1])).shape
+      (3, 16)
+
+    Source: Dosovitskiy et al. 2021, arXiv:2010.11929; the form follows Beyer et al. 2022,
+    arXiv:2205.01580, with learned positions.
+    """
+
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    expansion: int = 4
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images [n, height, width, channels] to features [n, width]."""
+        centred = 2 * images - 1
+        tokens = nn.Dense(self.width, name="patches")(cut_patches(centred, self.patch))
+        shape = (1, tokens.shape[1], self.width)
+        positions = self.param("positions", nn.initializers.normal(0.02), shape, jnp.float32)
+        tokens = tokens + positions
+        for index in range(self.depth):
+            tokens = Block(self.heads, self.expansion, name=f"block_{index}")(tokens)
+        return nn.LayerNorm(name="norm")(tokens).mean(axis=1)

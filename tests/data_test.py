@@ -1,0 +1,110 @@
+"""Tasks made from handwritten digits."""
+
+import itertools
+
+import ml_collections
+import numpy as np
+import pytest
+
+import mergejax as mj
+from mergejax import data
+from mergejax.data import digits
+from mergejax.progress import Printer
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return digits.load(tuple(digits.DOMAINS), train=1000, validation=250, seed=0)
+
+
+def _rows(split):
+    return {image.tobytes() for image in split.images}
+
+
+def test_tasks_have_images_in_range_and_labels_with_names(tasks):
+    assert len(tasks) >= 5
+    for task, part in itertools.product(tasks.values(), ("train", "validation", "test")):
+        split = getattr(task, part)
+        assert split.images.dtype == np.float32
+        assert split.labels.dtype == np.int32
+        assert split.images.shape == (len(split), 8, 8, 1)
+        assert split.images.min() >= 0
+        assert split.images.max() <= 1
+        assert set(split.labels) == set(range(len(task.labels)))
+
+
+def test_every_task_shows_the_same_scans_in_its_own_domain(tasks):
+    mirrored = tasks["mirror"].train.images[:, :, ::-1]
+    np.testing.assert_array_equal(tasks["negative"].train.images, 1 - mirrored)
+    turned = np.rot90(mirrored, 2, axes=(1, 2))
+    np.testing.assert_array_equal(tasks["half_turn_size"].train.images, turned)
+    digit = tasks["mirror"].train.labels
+    np.testing.assert_array_equal(tasks["checkered_parity"].train.labels, digit % 2)
+    np.testing.assert_array_equal(tasks["half_turn_size"].train.labels, digit >= 5)
+    pictures = [task.train.images.tobytes() for task in tasks.values()]
+    assert len(set(pictures)) == len(tasks)
+
+
+def test_quadrants_swap_diagonally(tasks):
+    upright = tasks["mirror"].test.images[:, :, ::-1]
+    swapped = tasks["quadrants"].test.images
+    np.testing.assert_array_equal(swapped[:, :4, :4], upright[:, 4:, 4:])
+    np.testing.assert_array_equal(swapped[:, :4, 4:], upright[:, 4:, :4])
+
+
+def test_no_test_scan_is_learned_from(tasks):
+    upright = {
+        part: _rows(getattr(tasks["negative"], part)) for part in ("train", "validation", "test")
+    }
+    assert not upright["test"] & (upright["train"] | upright["validation"])
+    counts = [len(getattr(tasks["negative"], part)) for part in upright]
+    assert counts == [1000, 250, 547]
+
+
+def test_pretraining_never_sees_validation_or_test_scans(tasks):
+    # Without distortion the pre-training images would be the training scans themselves.
+    scans = digits.divide(1000, 250, seed=0)
+    assert _rows(tasks["negative"].train) == {
+        (1 - scan)[..., None].tobytes() for scan in scans["train"].pictures
+    }
+    problems = digits.pretraining(tasks, 1000, 250, seed=0, variants=3)
+    assert set(problems) == {"digit", "parity", "size"}
+    np.testing.assert_array_equal(problems["digit"].labels, np.tile(scans["train"].digits, 3))
+    np.testing.assert_array_equal(problems["parity"].labels, problems["digit"].labels % 2)
+
+
+def test_distortion_keeps_the_digit_recognisable_and_depends_on_its_generator_only():
+    scans = digits.divide(1000, 250, seed=0)["train"].pictures[:200]
+    first = digits.distort(scans, np.random.default_rng(3))
+    np.testing.assert_array_equal(first, digits.distort(scans, np.random.default_rng(3)))
+    assert not np.array_equal(first, digits.distort(scans, np.random.default_rng(4)))
+    pairs = [
+        abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) for a, b in zip(scans, first, strict=True)
+    ]
+    others = [
+        abs(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+        for a, b in zip(scans[1:], first[:-1], strict=True)
+    ]
+    assert np.mean(pairs) > np.mean(others) + 0.2
+
+
+def test_another_seed_is_another_division():
+    first, second = (digits.divide(1000, 250, seed=seed)["test"].pictures for seed in (0, 1))
+    assert not np.array_equal(first, second)
+
+
+def test_unknown_tasks_are_all_named_with_the_nearest_known():
+    with pytest.raises(mj.MergeError, match="did you mean 'mirror'") as raised:
+        digits.load(["miror", "negatve"], 1000, 250, seed=0)
+    assert len(str(raised.value).splitlines()) == 2
+
+
+def test_a_division_without_test_scans_is_refused():
+    with pytest.raises(mj.MergeError, match="leave no test scan of 1797"):
+        digits.load(["mirror"], 1500, 297, seed=0)
+
+
+def test_unknown_suite_is_refused(tmp_path):
+    config = ml_collections.ConfigDict({"data": {"suite": "digts"}, "data_dir": "", "seed": 0})
+    with pytest.raises(mj.MergeError, match="did you mean 'digits'"):
+        data.load(config, tmp_path, Printer())

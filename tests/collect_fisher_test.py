@@ -61,7 +61,8 @@ def batched(*arrays, size):
 
 def close(found, expected, rtol=1e-4):
     for name, value in expected.items():
-        assert found[name].dtype == jnp.float32 and (found[name] >= 0).all()
+        assert found[name].dtype == jnp.float32
+        assert (found[name] >= 0).all()
         np.testing.assert_allclose(found[name], value, rtol=rtol, atol=1e-9)
 
 
@@ -192,7 +193,8 @@ def test_low_precision_parameters_give_float32_and_integers_give_zero(data):
     )
     rounded = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), low)
     close(found, restated(rounded, 1e-3 * inputs), rtol=0.05)
-    assert found["steps"].dtype == jnp.float32 and (found["steps"] == 0).all()
+    assert found["steps"].dtype == jnp.float32
+    assert (found["steps"] == 0).all()
 
 
 def test_at_most_one_more_compilation_for_the_last_batch(data):
@@ -204,7 +206,33 @@ def test_at_most_one_more_compilation_for_the_last_batch(data):
         return logits(params, inputs)
 
     fisher(function, params, batched(inputs, size=2), microbatch=1)
-    assert traces.count(2) == 1 and len(traces) < 8  # the rest sees single examples
+    assert traces.count(2) == 1
+    assert len(traces) < 8
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_compiled_functions_share_a_trace_and_plain_ones_see_what_has_changed(data, shared):
+    params, inputs, _ = data
+    traces, scale = [], {"input": 1.0}
+
+    def function(params, inputs):
+        traces.append(inputs.shape)
+        return logits(params, scale["input"] * inputs)
+
+    model = jax.jit(function) if shared else function
+    fisher(model, params, [inputs])
+    count = len(traces)
+    other = jax.tree.map(lambda leaf: 0.5 * leaf, params)
+    close(fisher(model, other, [inputs]), restated(other, inputs))
+    assert (len(traces) == count) == shared
+    if not shared:
+        scale["input"] = 2.0
+        close(fisher(model, params, [inputs]), restated(params, 2 * inputs))
+    sampled = [
+        fisher(model, params, [inputs], estimator="sampled", key=jax.random.key(seed))["bias"]
+        for seed in (0, 1)
+    ]
+    assert not np.allclose(*sampled)
 
 
 def wrong_shape(params, batch):

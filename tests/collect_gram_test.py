@@ -119,7 +119,8 @@ def test_batches_of_any_size_any_iterable_and_any_tree_give_the_same():
         progress=lambda *call: calls.append(call),
     )
     assert calls == [(1, 3, "gram"), (2, 3, "gram"), (3, 3, "gram")]
-    assert sorted(set(traces)) == [(4, 4), (8, 4)] and len(traces) <= 3
+    assert sorted(set(traces)) == [(4, 4), (8, 4)]
+    assert len(traces) <= 3
     generator = gram(model, params, (b for b in batched(x, 1)))
     for name in expected:
         close(grams[name], expected[name])
@@ -445,7 +446,8 @@ def test_nnx_attention_equals_linen():
             state[name][leaf].set_value(jnp.asarray(params[name][leaf]))
     expected = gram(linen, params, [x])
     grams = gram(attention, state, [x])
-    assert set(grams) == set(expected) and grams["out/kernel"].shape == (8, 8)
+    assert set(grams) == set(expected)
+    assert grams["out/kernel"].shape == (8, 8)
     for name in expected:
         close(grams[name], expected[name])
 
@@ -477,6 +479,34 @@ def test_nnx_classes_are_restored_when_the_model_fails():
     with pytest.raises(TypeError):
         gram(model, None, [normal(3, 7)])
     assert nnx.Linear.__call__ is before
+
+
+# Compilation
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_compiled_functions_share_a_trace_and_plain_ones_see_what_has_changed(shared):
+    traces, scale = [], {"input": 1.0}
+
+    def apply(params, batch):
+        traces.append(batch.shape)
+        return Mlp().apply({"params": params}, scale["input"] * batch)
+
+    function, x = jax.jit(apply) if shared else apply, normal(6, 4)
+    params = randomised(Mlp().init(KEY, x)["params"])
+    first = gram(function, params, [x])
+    count = len(traces)
+    other = randomised(params, seed=9)
+    close(gram(function, other, [x])["head/kernel"], mlp_grams(other, x)["head/kernel"])
+    assert (len(traces) == count) == shared
+    assert list(gram(function, params, [x], exclude="head")) == [
+        "block/up/kernel",
+        "block/down/kernel",
+    ]
+    if not shared:
+        scale["input"] = 2.0
+        doubled = gram(function, params, [x])
+        close(doubled["block/up/kernel"], 4 * first["block/up/kernel"])
 
 
 # What cannot be collected

@@ -42,7 +42,9 @@ def fisher(
     Args:
         model: a function (params, batch) -> logits [examples, classes] in which examples do not
             influence each other (running statistics in use, dropout off). Or a linen or NNX model
-            that is called on the batch.
+            that is called on the batch. Linen models and functions under `jax.jit` are compiled
+            once for all experts, other functions once a call, as they may depend on what has
+            changed since.
         params: the expert's parameters, a tree of arrays; for an NNX model its `nnx.Param` state,
             or None for the model's own.
         batches: any iterable of batches: arrays, or trees of arrays, with the examples along the
@@ -74,15 +76,13 @@ def fisher(
     _check(estimator, key, labels, microbatch)
     function, params = as_function(model, params)
 
-    def statistic(params, item):
-        batch, weights, targets, start = item
-        return _batch_sum(
-            function, params, batch, weights, targets, start, estimator, key, microbatch
-        )
-
     read = labels if estimator == "empirical" else None
-    items = _items(function, params, batches, read, mask)
-    sums, count = total(statistic, params, items, "fisher", length(batches), progress)
+    drawn = key if estimator == "sampled" else None
+    items = ((*item, drawn) for item in _items(function.call, params, batches, read, mask))
+    options = (estimator, microbatch)
+    sums, count = total(
+        _statistic, function, options, params, items, length(batches), (progress, "fisher")
+    )
     if not count > 0:
         raise MergeError("fisher: every example has weight 0; give batches with unmasked ones")
     flat = jax.tree_util.tree_leaves_with_path(sums)
@@ -164,7 +164,11 @@ def _targets(labels: Any, batch: Any, weights: np.ndarray, start: int, classes: 
     return targets.astype(np.int32)
 
 
-def _batch_sum(function, params, batch, weights, targets, start, estimator, key, microbatch):
+def _statistic(function, estimator, microbatch):
+    return lambda params, item: _batch_sum(function, estimator, microbatch, params, *item)
+
+
+def _batch_sum(function, estimator, microbatch, params, batch, weights, targets, start, key):
     """(Σ_n w_n F_n like params, Σ_n w_n): microbatches in a scan, so few gradients live at once."""
     size = weights.shape[0]
     width = min(microbatch, size)
@@ -211,7 +215,8 @@ def _example(function, params, example, target, position, estimator, key):
         return jax.tree.map(jnp.add, sums, squares), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.float32), params)
-    return jax.lax.scan(add, zeros, cotangents.astype(logits.dtype))[0]
+    rows = cotangents.astype(logits.dtype)
+    return jax.lax.scan(add, zeros, rows, unroll=rows.shape[0] == 1)[0]
 
 
 def _cotangents(logits, target, position, estimator, key):

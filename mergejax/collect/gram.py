@@ -1,7 +1,8 @@
 """Gram matrices of the inputs of a model's layers."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -12,6 +13,7 @@ from jax import lax
 
 from mergejax.collect.rows import input_rows, refusal
 from mergejax.collect.streaming import (
+    Function,
     Mask,
     Progress,
     as_function,
@@ -56,7 +58,8 @@ def gram(
     Args:
         model: a function (params, batch) that calls linen modules by `Module.apply`, outside
             other JAX transforms; its output is not used. Or a linen or NNX model that is called on
-            the batch.
+            the batch. Linen models and functions under `jax.jit` are compiled once for all
+            experts, other functions once a call, as they may depend on what has changed since.
         params: the expert's parameters, a tree of arrays; for an NNX model its `nnx.Param` state,
             or None for the model's own. Kernels are named by their place in this tree.
         batches: any iterable of batches, the same shapes throughout except for the last one (each
@@ -87,50 +90,55 @@ def gram(
 
     Source: RegMean, 2023, arXiv:2212.09849.
     """
-    is_nnx = isinstance(model, nnx.Module)
-    tap: Callable[..., dict[str, Any]] = tap_nnx if is_nnx else tap_linen
-    function, params = (nnx_parts if is_nnx else as_function)(model, params)
-    names, kernels = _selected(params, [exclude] if isinstance(exclude, str) else exclude)
-    order: list[str] = []
-
-    def statistic(params, item):
-        batch, weights = item
-        problems: list[str] = []
-
-        def measure(layer, name, inputs):
-            reason = refusal(layer)
-            if name in names and reason:
-                problems.append(
-                    f"gram: layer '{name}' {reason}, which one Gram matrix cannot describe; "
-                    f"leave it out with exclude=('{name}',)"
-                )
-            if name not in names or reason:
-                return None
-            return _sums(name, input_rows(layer, inputs), weights)
-
-        found = tap(function, params, batch, measure)
-        raise_all(problems or _missing(kernels, found))
-        order[:] = found
-        return found
-
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    if isinstance(model, nnx.Module):
+        make, (build, params) = _nnx_statistic, nnx_parts(model, params)
+        function = Function(build, False)
+    else:
+        make, (function, params) = _linen_statistic, as_function(model, params)
+    raise_all([f"gram: {problem}" for problem in unmatched(exclude, list(_shapes(params)))])
     items = ((batch, row_weights(mask, batch, "gram")) for batch in batches)
     try:
-        sums = total(statistic, params, items, "gram", length(batches), progress)
+        sums = total(make, function, (exclude,), params, items, length(batches), (progress, "gram"))
     except _LEAKS as error:
         raise MergeError(
             "gram: a layer runs inside a JAX transform (jax.vmap, jax.checkpoint, jax.lax.scan); "
             "call the model on whole batches, with Flax's own nn.remat, nn.scan, nnx.remat, ..."
         ) from error
-    return _means({name: sums[name] for name in order})
+    return _means(sums)
 
 
-def _selected(params: Any, exclude: Sequence[str]) -> tuple[set[str], list[str]]:
-    """The leaf names that are not excluded, and the kernels among them."""
-    leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    raise_all([f"gram: {problem}" for problem in unmatched(exclude, list(leaves))])
-    kept = [name for name in leaves if not any(re.search(p, name) for p in exclude)]
-    kernels = [n for n in kept if n.split("/")[-1] == "kernel" and jnp.ndim(leaves[n]) > 1]
-    return set(kept), kernels
+def _linen_statistic(function, exclude):
+    return lambda params, item: _measured(tap_linen, function, exclude, params, *item)
+
+
+def _nnx_statistic(build, exclude):
+    return lambda params, item: _measured(tap_nnx, build, exclude, params, *item)
+
+
+def _measured(tap, function, exclude, params, batch, weights):
+    """{leaf name: (Σ w xᵀx, Σ w)} of one batch, in the order of the calls."""
+    problems: list[str] = []
+
+    def measure(layer, name, inputs):
+        if any(re.search(pattern, name) for pattern in exclude):
+            return None
+        if reason := refusal(layer):
+            problems.append(
+                f"gram: layer '{name}' {reason}, which one Gram matrix cannot describe; "
+                f"leave it out with exclude=('{name}',)"
+            )
+            return None
+        return _sums(name, input_rows(layer, inputs), weights)
+
+    found = tap(function, params, batch, measure)
+    raise_all(problems or _missing(params, exclude, found))
+    return OrderedDict(found)  # JAX sorts the keys of other dictionaries
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {name_of(path): jnp.shape(leaf) for path, leaf in leaves}
 
 
 def _sums(name: str, rows: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -157,13 +165,22 @@ def _sums(name: str, rows: jax.Array, weights: jax.Array | None) -> tuple[jax.Ar
     return jnp.matmul(weighted.T, x, precision=lax.Precision.HIGHEST), count
 
 
-def _missing(kernels: Sequence[str], found: dict[str, Any]) -> list[str]:
+def _missing(params: Any, exclude: Sequence[str], found: Mapping[str, Any]) -> list[str]:
     if not found:
         return [
             "gram: no Dense, DenseGeneral or Conv layer was seen; pass a linen or NNX model, or a "
             "function that calls linen modules and was not compiled by jax.jit before"
         ]
-    missing = [name for name in kernels if name not in found]
+    kernels = [
+        name
+        for name, shape in _shapes(params).items()
+        if name.split("/")[-1] == "kernel" and len(shape) > 1
+    ]
+    missing = [
+        name
+        for name in kernels
+        if name not in found and not any(re.search(pattern, name) for pattern in exclude)
+    ]
     if not missing:
         return []
     return [
@@ -173,7 +190,7 @@ def _missing(kernels: Sequence[str], found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _means(sums: dict[str, tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
+def _means(sums: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
     broken = [name for name, (products, _) in sums.items() if not jnp.isfinite(products).all()]
     if broken:
         raise MergeError(

@@ -1,7 +1,8 @@
 """Sums of a statistic over an iterable of batches, and the models and masks collectors take."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,37 +16,54 @@ Progress = Callable[[int, int, str], None]
 Mask = Callable[[Any], Any]
 
 
+class Function(NamedTuple):
+    """What collectors run: (params, batch) -> outputs."""
+
+    call: Callable[..., Any]
+    reusable: bool  # whether a trace may serve later calls; `call` is then the same object
+
+
 def total(
-    statistic: Callable[[Any, Any], Any],
+    make: Callable[..., Callable[[Any, Any], Any]],
+    function: Function,
+    options: tuple[Hashable, ...],
     params: Any,
     items: Iterator[Any],
-    caller: str,
     count: int,
-    progress: Progress | None,
+    progress: tuple[Progress | None, str],
 ) -> Any:
     """Σ statistic(params, item) over the items, in one donated accumulator on the device.
 
-    `statistic` is traced anew in every call, so that effects of tracing are never missed.
+    The statistic is make(function.call, *options). Unless the function is reusable it is traced
+    anew in every call, so that effects of tracing and changed closures are never missed.
     """
-
-    def add(sums, params, item):
-        return jax.tree.map(jnp.add, sums, statistic(params, item))
-
-    step = jax.jit(add, donate_argnums=0)
+    steps = _steps if function.reusable else _steps.__wrapped__
+    statistic, add = steps(make, function.call, *options)
+    report, caller = progress
     sums = None
     for done, item in enumerate(items, start=1):
         if sums is None:
             shapes = jax.eval_shape(statistic, params, item)
             sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        sums = step(sums, params, item)
-        if progress:
-            progress(done, count, caller)
+        sums = add(sums, params, item)
+        if report:
+            report(done, count, caller)
     if sums is None:
         raise MergeError(
             f"{caller}: there is no batch to collect from; pass an iterable of at least one batch "
             "(a generator that was read before is empty)"
         )
     return sums
+
+
+@functools.lru_cache(maxsize=16)
+def _steps(make: Callable[..., Any], *arguments: Hashable) -> tuple[Any, Any]:
+    statistic = jax.jit(make(*arguments))
+
+    def add(sums, params, item):
+        return jax.tree.map(jnp.add, sums, statistic(params, item))
+
+    return statistic, jax.jit(add, donate_argnums=0)
 
 
 def length(batches: Iterable[Any]) -> int:
@@ -79,13 +97,26 @@ def nnx_parts(model: nnx.Module, params: Any) -> tuple[Callable[[Any], Any], Any
     return build, own if params is None else params
 
 
-def as_function(model: Any, params: Any) -> tuple[Callable[[Any, Any], Any], Any]:
-    """((params, batch) -> outputs, params) of a function, a linen or an NNX model."""
+def as_function(model: Any, params: Any) -> tuple[Function, Any]:
+    """The function to run and its params, of a function, a linen or an NNX model."""
     if isinstance(model, nn.Module):
-        return lambda params, batch: model.apply({"params": params}, batch), params
+        return Function(*_linen_call(model)), params
     if isinstance(model, nnx.Module):
         build, params = nnx_parts(model, params)
-        return lambda params, batch: build(params)(batch), params
-    # A function that was compiled before would be replayed without being traced.
+        return Function(lambda params, batch: build(params)(batch), False), params
+    # A function that was compiled before would be replayed without being traced, so it is
+    # unwrapped; its author has promised that one trace serves all calls.
     jitted = isinstance(model, jax.stages.Wrapped) and hasattr(model, "__wrapped__")
-    return (model.__wrapped__ if jitted else model), params
+    return Function(model.__wrapped__ if jitted else model, jitted), params
+
+
+def _linen_call(model: nn.Module) -> tuple[Callable[[Any, Any], Any], bool]:
+    try:
+        return _shared_linen_call(model), True
+    except TypeError:  # a model with an unhashable attribute
+        return _shared_linen_call.__wrapped__(model), False
+
+
+@functools.lru_cache(maxsize=16)
+def _shared_linen_call(model: nn.Module) -> Callable[[Any, Any], Any]:
+    return lambda params, batch: model.apply({"params": params}, batch)

@@ -1,5 +1,8 @@
 """Merges the weights of several fine-tuned neural networks into one, in JAX."""
 
+import importlib
+from typing import Any
+
 from mergejax.api import merge as merge
 from mergejax.api import stream as stream
 from mergejax.chains import by_role as by_role
@@ -15,6 +18,7 @@ from mergejax.core import method as method
 from mergejax.core import reduce as reduce
 from mergejax.core import refine as refine
 from mergejax.errors import MergeError as MergeError
+from mergejax.errors import did_you_mean
 from mergejax.hyper import by_depth as by_depth
 from mergejax.hyper import by_name as by_name
 from mergejax.registry import METHODS as METHODS
@@ -23,5 +27,18 @@ from mergejax.registry import parse as parse
 from mergejax.registry import register as register
 from mergejax.version import __version__ as __version__
 
-globals().update({name: entry.make for name, entry in METHODS.items()})
-globals().update(PIECES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in METHODS:
+        return METHODS[name].make
+    if name in PIECES:
+        return PIECES[name]
+    # Collectors import Flax, which takes a second that not everybody needs.
+    if name == "collect":
+        return importlib.import_module("mergejax.collect")
+    raise AttributeError(f"mergejax has no '{name}', {did_you_mean(name, __dir__())}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *METHODS, *PIECES, "collect"})

@@ -176,6 +176,11 @@ class Stage:
     def with_data(self, data: Mapping[str, Any]) -> "Stage":
         return Stage(self.factory, {**self.arguments, **data})
 
+    def __or__(self, other: Any) -> Any:
+        from mergejax.chains import chain  # chains are made of stages, so this way round
+
+        return chain(self, other)
+
     def __repr__(self) -> str:
         shown = [
             f"{name}={_show(value)}"

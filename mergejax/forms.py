@@ -133,7 +133,7 @@ def run_blocks(
             for whole, part in zip(out, block, strict=True)
         ]
 
-    shapes = jax.eval_shape(run_block, jnp.int32(0), BLOCK)
+    shapes = jax.eval_shape(lambda number: run_block(number, BLOCK), jnp.int32(0))
     if due is None:
         start = [jnp.zeros(size, x.dtype) for x in shapes]
     else:

@@ -92,8 +92,8 @@ def register(name: str, make: Callable[..., Any], **facts: Any) -> None:
         ... def half_sum():
         ...     return mj.task_arithmetic(scaling=0.5)
         >>> mj.register('half_sum', half_sum)
-        >>> mj.parse('drop(rate=0.5)|half_sum()')
-        drop(rate=0.5)|half_sum()
+        >>> mj.parse('drop(rate=0.5)|half_sum()'), mj.half_sum()
+        (drop(rate=0.5)|half_sum(), half_sum())
         >>> del mj.METHODS['half_sum']
     """
     if name in _words() or not name.isidentifier():

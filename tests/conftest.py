@@ -1,0 +1,58 @@
+"""Settings of the test run: four CPU devices, no silent promotion, the folder of golden cases."""
+
+import collections
+import os
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from golden_case import LEFT_OUT, NOT_BUILT
+
+if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden-dir",
+        default=str(Path(__file__).parent.parent / "third_party" / "golden"),
+        help="folder of golden cases, CASE.json beside CASE.safetensors",
+    )
+
+
+@pytest.fixture
+def tiny_blocks(monkeypatch):
+    """Runs elementwise chains in blocks of a handful of elements."""
+    import mergejax.run
+    import mergejax.step
+
+    monkeypatch.setattr(mergejax.step, "BLOCK", 5)
+    monkeypatch.setattr(mergejax.run, "BLOCK", 5)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def _by_reason(reports, pattern):
+    found = (re.search(pattern, reason) for reason in reports)
+    return collections.Counter(match[1] for match in found if match)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line with the golden cases that wait for their method, one with what was left out."""
+    skipped = [str(report.longrepr[-1]) for report in terminalreporter.stats.get("skipped", [])]
+    waiting = _by_reason(skipped, re.escape(NOT_BUILT) + r"(.*)")
+    if waiting:
+        names = ", ".join(f"{name} ({count})" for name, count in sorted(waiting.items()))
+        line = f"golden cases that wait for their method, {waiting.total()}: {names}"
+        terminalreporter.write_line(line)
+    passed = terminalreporter.stats.get("passed", [])
+    reasons = [
+        value for report in passed for name, value in report.user_properties if name == LEFT_OUT
+    ]
+    for reason, count in sorted(collections.Counter(reasons).items()):
+        terminalreporter.write_line(f"deliberate deviation met by {count} golden cases: {reason}")

@@ -1,0 +1,149 @@
+"""Results of other implementations, recorded in third_party/golden or in `--golden-dir`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import safetensors.flax
+from golden_case import LEFT_OUT, NOT_BUILT, Case
+from golden_translation import TRANSLATIONS
+
+import mergejax as mj
+
+
+class Deviation(NamedTuple):
+    """Where this library differs from a peer on purpose; `where` names the entries, by leaf."""
+
+    methods: tuple[str, ...]
+    where: Callable[[Case, str], np.ndarray]
+    reason: str
+
+
+def _dead_inputs(case, name):
+    """Rows of a kernel whose input is zero in every example, [out, in] in these files."""
+    diagonals = [np.diagonal(grams[name]) for grams in case.numbered("gram") if name in grams]
+    expected = case.tensors["expected"][name]
+    dead = np.all([d == 0 for d in diagonals], axis=0) if diagonals else np.zeros(1, bool)
+    return np.broadcast_to(dead, expected.shape)
+
+
+def _zero_model(case, name):
+    models = [*case.numbered("expert"), *([case.base] if "base" in case.tensors else [])]
+    zero = any(not np.any(np.asarray(model[name])) for model in models)
+    return np.full(np.shape(models[0][name]), zero)
+
+
+DEVIATIONS = (
+    Deviation(
+        ("regmean",),
+        _dead_inputs,
+        "inputs that are zero in every example leave a kernel's rows undetermined: the mean is kept"
+        ", MaTS inverts around them",
+    ),
+    Deviation(
+        ("mergekit/slerp", "mergekit-yaml/slerp", "fusion_bench/slerp"),
+        _zero_model,
+        "a leaf that is zero in one model has no direction: interpolated linearly, where mergekit "
+        "and FusionBench take it as orthogonal",
+    ),
+)
+
+
+def pytest_generate_tests(metafunc):
+    folder = Path(metafunc.config.getoption("--golden-dir"))
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise pytest.UsageError(f"--golden-dir={folder} holds no case, CASE.json")
+    if metafunc.function is test_statistics_of_random_masks:
+        # A method that is not built yet is counted once, by the comparison of its result.
+        built = [path for path in paths if recorded(path, "method") in TRANSLATIONS]
+        paths = [path for path in built if recorded(path, "statistics")]
+    metafunc.parametrize("path", paths, ids=[path.stem for path in paths])
+
+
+def recorded(path, key):
+    return json.loads(path.read_text()).get(key)
+
+
+def read(path):
+    flat = safetensors.flax.load_file(path.with_suffix(".safetensors"))
+    tensors = {}
+    for key, value in flat.items():
+        prefix, name = key.split("/", 1)
+        tensors.setdefault(prefix, {})[name] = value
+    return Case(json.loads(path.read_text()), tensors)
+
+
+def translate(path):
+    method = recorded(path, "method")
+    if method not in TRANSLATIONS:
+        pytest.skip(NOT_BUILT + method)
+    case = read(path)
+    translated = TRANSLATIONS[case.method](case)
+    case.parameters.finish()
+    return case, translated
+
+
+def merged(translated, case, method=None, **options):
+    options = {**translated.options, "layout": case.layout, **options}
+    if method is None:
+        method, options["stats"] = translated.method, translated.stats
+    return mj.merge(method, translated.base, translated.experts, **options)
+
+
+def test_result_of_another_implementation(path, record_property):
+    case, translated = translate(path)
+    got = merged(translated, case)
+    tolerance = case.facts["tolerance"]
+    compared = 0
+    for name, expected in case.tensors["expected"].items():
+        counted = np.ones(expected.shape, bool)
+        if name in case.tensors.get("ambiguous", {}):
+            counted &= np.asarray(case.tensors["ambiguous"][name]) == 0
+        for deviation in DEVIATIONS:
+            if case.method in deviation.methods and (left := deviation.where(case, name)).any():
+                record_property(LEFT_OUT, deviation.reason)
+                counted &= ~left
+        compared += counted.sum()
+        np.testing.assert_allclose(
+            np.asarray(got[name], np.float64)[counted],
+            np.asarray(expected, np.float64)[counted],
+            rtol=tolerance["rtol"],
+            atol=tolerance["atol"],
+            err_msg=name,
+        )
+    assert compared > 0
+
+
+def flat(tree):
+    return np.concatenate([np.asarray(tree[name], np.float64).ravel() for name in sorted(tree)])
+
+
+def test_statistics_of_random_masks(path):
+    """Our own draws keep as many elements as the peer's, and their mean is as near the whole."""
+    case, translated = translate(path)
+    expected = case.facts["statistics"]
+    base, draw = flat(translated.base), translated.draw
+
+    @jax.jit
+    def merged_by_seed(seeds):
+        one = lambda seed: merged(translated, case, draw.random(), seed=seed)
+        return jax.lax.map(one, seeds)
+
+    merges = merged_by_seed(np.arange(expected["draws"], dtype=np.uint32))
+    mean = flat({name: np.asarray(x, np.float64).mean(0) for name, x in merges.items()}) - base
+    whole = flat(merged(translated, case, draw.host)) - base
+    slope = mean @ whole / (whole @ whole)
+    error = np.linalg.norm(mean - whole) / np.linalg.norm(whole)
+    np.testing.assert_allclose(slope, expected["slope_of_mean_delta_on_undropped_delta"], atol=0.01)
+    np.testing.assert_allclose(error, expected["relative_l2_error_of_mean_delta"], atol=0.01)
+    dropped = mj.drop(rate=list(draw.rates), rescale="none")
+    singles = [merged(translated, case, dropped, seed=seed) for seed in range(40)]
+    for i, rate in enumerate(expected["keep_rate_per_expert"]):
+        changed = flat(translated.experts[i]) != base
+        kept = np.mean([flat(several[i])[changed] != base[changed] for several in singles])
+        np.testing.assert_allclose(kept, rate, atol=5 / np.sqrt(40 * changed.sum()))

@@ -33,6 +33,7 @@ class Settings:
         batch: images per step, drawn with replacement, each problem equally often.
         warmup: share of the steps over which the learning rate rises; then it falls as a cosine.
         weight_decay: decoupled, as a multiple of the learning rate (AdamW).
+        shift: each image is moved by up to so many pixels either way, at random, edges repeated.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class Settings:
     batch: int
     warmup: float = 0.1
     weight_decay: float = 0.01
+    shift: int = 0
 
 
 class Batch(NamedTuple):
@@ -137,7 +139,36 @@ def _chunk(
     return trained, state, losses
 
 
-def draw(splits: Sequence[Split], steps: int, batch: int, generator: np.random.Generator) -> Batch:
+def moved(images: np.ndarray, shift: int, generator: np.random.Generator) -> np.ndarray:
+    """Moves each image at random by up to `shift` pixels either way; the edges are repeated.
+
+    Args:
+        images: float32 [n, height, width, channels].
+        shift: in pixels.
+        generator: source of randomness.
+
+    Returns:
+        The moved images, same shape.
+
+    Example:
+        >>> moved(np.ones([2, 4, 4, 1], np.float32), 1, np.random.default_rng(0)).shape
+        (2, 4, 4, 1)
+    """
+    n, height, width, _ = images.shape
+    frame = [(0, 0), (shift, shift), (shift, shift), (0, 0)]
+    padded = np.pad(images, frame, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
+    rows, columns = generator.integers(2 * shift + 1, size=[2, n])
+    return windows[np.arange(n), rows, columns].transpose(0, 2, 3, 1)
+
+
+def draw(
+    splits: Sequence[Split],
+    steps: int,
+    batch: int,
+    generator: np.random.Generator,
+    shift: int = 0,
+) -> Batch:
     """Draws the batches of a chunk on the host: a problem for each image, then an image of it.
 
     Args:
@@ -145,6 +176,7 @@ def draw(splits: Sequence[Split], steps: int, batch: int, generator: np.random.G
         steps: number of batches.
         batch: images in each.
         generator: source of randomness.
+        shift: as in `Settings`.
 
     Returns:
         `Batch` with a first axis of `steps`.
@@ -156,7 +188,9 @@ def draw(splits: Sequence[Split], steps: int, batch: int, generator: np.random.G
     for index, split in enumerate(splits):
         mine = problems == index
         rows = (places[mine] * len(split)).astype(np.int64)
-        images[mine], labels[mine] = split.images[rows], split.labels[rows]
+        chosen = split.images[rows]
+        images[mine] = moved(chosen, shift, generator) if shift else chosen
+        labels[mine] = split.labels[rows]
     return Batch(images, problems, labels)
 
 
@@ -196,10 +230,10 @@ def fit(
     state = _direction(settings.weight_decay).init(trained)
     rates, decay = learning_rates(settings), jnp.float32(settings.weight_decay)
     generator = np.random.default_rng(list(seed))
-    losses = []
+    losses, training = [], [splits[name] for name in names]
     for start in range(0, settings.steps, CHUNK):
         steps = min(CHUNK, settings.steps - start)
-        batches = draw([splits[name] for name in names], steps, settings.batch, generator)
+        batches = draw(training, steps, settings.batch, generator, settings.shift)
         now = rates[start : start + steps]
         trained, state, values = _chunk(trained, state, frozen, batches, now, decay, model)
         losses.append(np.asarray(values))

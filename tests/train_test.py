@@ -318,3 +318,19 @@ def test_logits_are_features_times_head():
     head = {"kernel": heads["a"]["kernel"], "bias": jnp.asarray([1.0, 2.0, 3.0])}
     expected = features @ np.asarray(head["kernel"], np.float64) + [1, 2, 3]
     np.testing.assert_allclose(train.logits(model, body, head, images), expected, rtol=1e-5)
+
+
+def test_moved_images_are_windows_of_the_padded_ones():
+    images = np.arange(2 * 4 * 5, dtype=np.float32).reshape(2, 4, 5, 1)
+    tiled = np.repeat(images, 200, axis=0)
+    found = fit.moved(tiled, 1, np.random.default_rng(0))
+    assert found.shape == tiled.shape
+    padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
+    windows = {
+        padded[index, row : row + 4, column : column + 5].tobytes()
+        for index in range(2)
+        for row in range(3)
+        for column in range(3)
+    }
+    assert {image.tobytes() for image in np.ascontiguousarray(found)} == windows
+    np.testing.assert_array_equal(fit.moved(images, 0, np.random.default_rng(0)), images)

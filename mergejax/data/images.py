@@ -174,8 +174,8 @@ def _missing(name: str, data_dir: str, reason: Exception) -> str:
     )
     return (
         f"task '{name}': the data set '{source.builder}' cannot be read in {folder} "
-        f"({lines[0].partition('. ')[0][:120].rstrip('.')}); set --config.data_dir or TFDS_DATA_DIR to the folder "
-        f"that holds it, or {how}"
+        f"({lines[0].partition('. ')[0][:120].rstrip('.')}); set --config.data_dir or "
+        f"TFDS_DATA_DIR to the folder that holds it, or {how}"
     )
 
 

@@ -38,8 +38,8 @@ class Leaf:
         key: uint32[2], derived from the seed, the leaf's name, the expert's name and the place
             of the stage in its chain; `jax.random.wrap_key_data(leaf.key)` makes a JAX key of it.
         start: uint32[2], low and high half of the index of this block's first element in the leaf.
-        stats: statistics of the experts by name, expert axis first (no such axis in stages that
-            see one expert at a time).
+        stats: statistics of the experts by name, a list with one array per expert (the array
+            itself in stages that see one expert at a time).
         shared: statistics by name that belong to no expert.
         carried: what a fold made of earlier experts, in continual merging; else None.
         role: 'kernel', 'convolution', 'embedding', 'norm', 'bias', ... (see `leaves.py`).
@@ -229,13 +229,17 @@ each.__doc__ = """Declares a stage for one expert's delta: (d, leaf, seen) -> d.
 
 Also valid behind the reduction, on the merged delta.
 """
-joint.__doc__ = "Declares a stage on all experts' deltas: (ds [N, ...], leaf, seen) -> [N, ...]."
-reduce.__doc__ = "Declares a stage that makes one of N: (ds [N, ...], leaf, seen) -> [...]."
+joint.__doc__ = (
+    """Declares a stage on all experts' deltas: (ds, leaf, seen) -> ds, lists of arrays."""
+)
+reduce.__doc__ = (
+    """Declares a stage that makes one of N: (ds, leaf, seen) -> merged; ds is a list of arrays."""
+)
 fold.__doc__ = "Declares a reduction one expert at a time: (state, d, leaf, seen) -> state."
 refine.__doc__ = "Declares a stage behind the reduction: (merged, ds, leaf, seen) -> merged."
 coordinates.__doc__ = """Declares coordinates for `within`: a pair of functions, there and back.
 
-(ds [N, ...], leaf) -> (ds', context) and (x, context, leaf) -> x.
+(ds, leaf) -> (ds', context) with lists of arrays, and (x, context, leaf) -> x.
 """
 method.__doc__ = "Declares a named method: a function of hyper-parameters that returns a chain."
 

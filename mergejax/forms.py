@@ -44,7 +44,6 @@ def run_leaf(
     """
     leaf = leaf.replace(
         base=None if leaf.base is None else leaf.base.astype(jnp.float32),
-        stats={name: jnp.stack(list(values)) for name, values in leaf.stats.items()},
     )
     seen = {
         path: (*seen.get(path, ()), *([local[path]] if path in local else []))

@@ -81,29 +81,33 @@ def _program(
     count: str,
     dtype: Any,
     part: str,
-) -> tuple[Any, Array, Array]:
-    """One leaf in one pass: what was asked for, whether it counts, non-finite values found."""
+    check: bool,
+) -> tuple[Any, Array, list[Array]]:
+    """One leaf in one pass: what was asked for, whether it counts, the largest magnitudes.
+
+    The magnitudes are those of the experts and the base (if `check`), then of the merged arrays.
+    """
     leaf = leaf.replace(key=fold_key(leaf.key, seed))
     if runner == "blocks":
         found = forms.run_blocks(placed, leaf, experts, names, seen, local, due)
     else:
         run = forms.run_layers if runner == "layers" else forms.run_leaf
         found = run(placed, leaf, experts, names, seen, local, due, part)
-    inputs = [*experts, *([] if leaf.base is None else [leaf.base])]
+    inputs = [*experts, *([] if leaf.base is None else [leaf.base])] if check else []
     counts = jnp.bool_(True)
     if due is not None:
         if count == "changed" and leaf.base is not None:
             counts = jnp.any(jnp.stack([jnp.any(expert != leaf.base) for expert in experts]))
         found = jax.tree.map(lambda x: jnp.where(counts, x, jnp.zeros_like(x)), found)
-        return found, counts, _non_finite(inputs)
+        return found, counts, [_largest(x) for x in inputs]
     if part != "fold":
         found = [x.astype(dtype) for x in found]
-    return found, counts, _non_finite([*inputs, *jax.tree.leaves(found)])
+    return found, counts, [_largest(x) for x in [*inputs, *jax.tree.leaves(found)]]
 
 
-def _non_finite(arrays: Sequence[Array]) -> Array:
-    """How many values of each array are NaN or Inf, int32."""
-    return jnp.stack([(~jnp.isfinite(x)).sum(dtype=jnp.int32) for x in arrays])
+def _largest(x: Array) -> Array:
+    """The largest magnitude; not finite if any value is not. Ten times faster than counting."""
+    return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
 
 
 class Arithmetic(NamedTuple):
@@ -128,7 +132,7 @@ def _narrow(x: Any) -> np.ndarray:
 
 
 LEAFWISE = Arithmetic(
-    program=jax.jit(_program, static_argnames=("runner", "due", "count", "dtype", "part")),
+    program=jax.jit(_program, static_argnames=("runner", "due", "count", "dtype", "part", "check")),
     total=_host_total,
     size=lambda counts, size: size if bool(counts) else 0,
     narrow=_narrow,
@@ -196,7 +200,7 @@ def execute(
     steps = sum(len(due) for due in plan.passes) + len(infos)
     done = 0
     for number, dues in enumerate([*plan.passes, None]):
-        bad: list[tuple[LeafInfo, bool, Array]] = []
+        largest_of: dict[str, list[Array]] = {}
         sums: dict[Due, list[Any]] = {}
         for info in infos:
             if dues is not None and info.name not in dues:
@@ -204,7 +208,7 @@ def execute(
             values = load(info.name)
             due = None if dues is None else dues[info.name]
             placed = plan.placed[info.name]
-            found, counts, nonfinite = arithmetic.program(
+            found, counts, largest = arithmetic.program(
                 _as_data(placed),
                 _leaf(info, values, settings.earlier),
                 list(values.experts),
@@ -217,8 +221,9 @@ def execute(
                 count=settings.count,
                 dtype=np.dtype(settings.dtype or info.dtype),
                 part=settings.part,
+                check=number == 0,
             )
-            bad.append((info, values.base is not None, nonfinite))
+            largest_of[info.name] = largest
             if due is None:
                 sink(info.name, found)
             else:
@@ -227,8 +232,8 @@ def execute(
             done += 1
             if settings.progress is not None:
                 settings.progress(done, steps, info.name)
-        if number == 0 or dues is None:
-            _refuse_non_finite(bad, settings)
+        if (number == 0 or dues is None) and not hyper.is_traced(largest_of):
+            _refuse_non_finite(largest_of, load, settings)
         for (path, _), (size, (measured, recalled)) in sums.items():
             totals.setdefault(path, []).append(measured)
             memory = settings.memory.get(path)
@@ -248,23 +253,26 @@ def _add(sums: dict, due: Due, found: Any, arithmetic: Arithmetic, size: Any) ->
     sums[due] = [size, found]
 
 
-def _refuse_non_finite(bad: Sequence[tuple[LeafInfo, bool, Array]], settings: Settings) -> None:
-    if hyper.is_traced([counts for _, _, counts in bad]):
-        return
+def _refuse_non_finite(
+    largest_of: Mapping[str, Sequence[Array]], load: Load, settings: Settings
+) -> None:
     problems = []
-    for info, has_base, counts in bad:
-        found = np.asarray(counts)
-        if not found.any():
+    for name, largest in largest_of.items():
+        if np.isfinite(np.asarray(jax.device_get(list(largest)), np.float32)).all():
             continue
-        owners = [f"expert '{name}'" for name in settings.names] + ["base"] * has_base
-        inputs = [
-            f"leaf '{info.name}' of {owner} has {n} non-finite values (NaN or Inf) of {info.size}; "
-            "repair or leave out that model"
-            for owner, n in zip(owners, found, strict=False)
+        values = load(name)
+        owners = [f"expert '{expert}'" for expert in settings.names]
+        inputs = [*zip(owners, values.experts, strict=False), ("the base", values.base)]
+        bad = [(owner, int((~jnp.isfinite(x)).sum())) for owner, x in inputs if x is not None]
+        problems += [
+            f"leaf '{name}' of {owner} has {n} non-finite values (NaN or Inf); repair that model "
+            "or leave it out"
+            for owner, n in bad
             if n
         ]
-        problems += inputs or [
-            f"leaf '{info.name}' has {found.sum()} non-finite values after merging although all "
-            "inputs are finite; a smaller scaling or a wider dtype avoids the overflow"
-        ]
+        if not any(n for _, n in bad):
+            problems.append(
+                f"leaf '{name}' has non-finite values after merging although all inputs are "
+                "finite; a smaller scaling or a wider dtype avoids the overflow"
+            )
     raise_all(problems)

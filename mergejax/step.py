@@ -54,7 +54,7 @@ def expert_leaf(leaf: Leaf, index: Any, name: Array, position: int) -> Leaf:
     return leaf.replace(
         expert=leaf.expert + jnp.int32(index),
         key=fold_key(leaf.key, name[0], name[1], jnp.uint32(position)),
-        stats=jax.tree.map(lambda x: x[index], leaf.stats),
+        stats={name: several[index] for name, several in leaf.stats.items()},
     )
 
 
@@ -92,6 +92,7 @@ def _each(
     many = leaf.replace(
         expert=stack([one.expert for one in leaves]),
         key=stack([one.key for one in leaves]),
+        stats=stack([one.stats for one in leaves]),
     )
     axes = mapped_fields(leaf, "expert", "key", "stats")
     mapped = jax.vmap(lambda s, d, one, p: call(s.build(), d, one, p), (0, 0, axes, 0))
@@ -137,11 +138,11 @@ def _apply(stage: Stage, state: State, leaf: Leaf, names: Array, place: int, see
         case "each":
             state.values = [parts.apply(state.values[0], whole, seen)]
         case "joint":
-            state.values = list(parts.apply(jnp.stack(state.values), whole, seen))
+            state.values = list(parts.apply(state.values, whole, seen))
         case "reduce":
-            state.values = [parts.apply(jnp.stack(state.values), whole, seen)]
+            state.values = [parts.apply(state.values, whole, seen)]
         case "refine":
-            state.values = [parts.apply(state.values[0], jnp.stack(state.raw), whole, seen)]
+            state.values = [parts.apply(state.values[0], state.raw, whole, seen)]
         case "fold":
             carried = fold_experts(stage, state.values, leaf, names, place)
             state.values = [parts.finish(carried, whole, seen)]
@@ -172,8 +173,8 @@ def _measure(
     if stage.kind == "each":
         return current.measure(state.values[0], whole, seen), recalled
     if stage.kind == "refine":
-        return current.measure(state.values[0], jnp.stack(state.raw), whole, seen), recalled
-    return current.measure(jnp.stack(state.values), whole, seen), recalled
+        return current.measure(state.values[0], state.raw, whole, seen), recalled
+    return current.measure(state.values, whole, seen), recalled
 
 
 def advance(
@@ -191,7 +192,7 @@ def advance(
         if role == "enter":
             there, _ = stage.build()
             enter_space(state, "delta", leaf)
-            values, context = there(jnp.stack(state.values), leaf)
+            values, context = there(state.values, leaf)
             state.outer.append((context, state.raw, leaf))
             state.values = list(values)
             state.raw, leaf = state.values, leaf.replace(base=None)

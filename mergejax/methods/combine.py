@@ -119,6 +119,6 @@ def canonical_matrix():
 
     def there(ds, leaf):
         views = [as_matrix(d, leaf.layout) for d in ds]
-        return jnp.stack([matrix for matrix, _ in views]), views[0][1]
+        return [matrix for matrix, _ in views], views[0][1]
 
     return there, lambda matrix, restore, leaf: restore(matrix)

@@ -1,5 +1,7 @@
 """Pieces that settle conflicts between experts: weighing, electing signs, disjoint reductions."""
 
+import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -8,10 +10,14 @@ from mergejax.core import Array, Parts, Round, each, joint, reduce
 from mergejax.hyper import Weights
 
 
-def per_expert(weights: Array, ds: Array) -> Array:
-    """Weights, one number or one per expert, shaped to multiply ds [N, ...]."""
-    full = jnp.broadcast_to(weights, (ds.shape[0],))
-    return full.reshape(-1, *[1] * (ds.ndim - 1))
+def per_expert(weights: Array, count: int) -> list[Array]:
+    """Weights, one number or one per expert, as a list with one number per expert."""
+    return list(jnp.broadcast_to(weights, (count,)))
+
+
+def largest(arrays: Sequence[Array]) -> Array:
+    """The elementwise maximum of several arrays."""
+    return functools.reduce(jnp.maximum, arrays)
 
 
 @each(elementwise=True)
@@ -60,13 +66,13 @@ def elect_sign(
     """
 
     def vote(ds):
-        return jnp.sign(ds.sum(0) if by == "mass" else jnp.sign(ds).sum(0))
+        return jnp.sign(sum(ds) if by == "mass" else sum(jnp.sign(d) for d in ds))
 
     def apply(ds, leaf, seen):
         draw = seen[0] if zero == "majority" else jnp.float32(1)
         sign = vote(ds)
-        sign = jnp.where(sign == 0, draw.astype(sign.dtype), sign)[None]
-        return jnp.where(jnp.where(sign > 0, ds > 0, ds < 0), ds, 0.0)
+        sign = jnp.where(sign == 0, draw.astype(sign.dtype), sign)
+        return [jnp.where(jnp.where(sign > 0, d > 0, d < 0), d, 0.0) for d in ds]
 
     def solve(totals, size, memory):
         return (totals[0] > 0).astype(totals[0].dtype) - (totals[0] < 0).astype(totals[0].dtype)
@@ -98,8 +104,9 @@ def disjoint_mean(weights: Weights = 1.0):
     """
 
     def apply(ds, leaf, seen):
-        share = jnp.where(ds != 0, per_expert(weights, ds), 0.0).sum(0)
-        return ds.sum(0) / jnp.where(jnp.abs(share) < 1e-8, 1.0, share)
+        several = zip(ds, per_expert(weights, len(ds)), strict=True)
+        share = sum(jnp.where(d != 0, weight, 0.0) for d, weight in several)
+        return sum(ds) / jnp.where(jnp.abs(share) < 1e-8, 1.0, share)
 
     return apply
 
@@ -120,4 +127,4 @@ def disjoint_max():
 
     TIES-Merging (Yadav et al., 2023, arXiv:2306.01708), the code's 'dis-max'.
     """
-    return lambda ds, leaf, seen: jnp.where(ds.sum(0) > 0, ds.max(0), ds.min(0))
+    return lambda ds, leaf, seen: jnp.where(sum(ds) > 0, largest(ds), -largest([-d for d in ds]))

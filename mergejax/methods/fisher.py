@@ -24,7 +24,7 @@ def fisher_mean(
     See `fisher` for the formula and the arguments.
 
     Returns:
-        A reduction that reads the statistic 'fisher' ([N, ...] float32, not negative).
+        A reduction that reads the statistic 'fisher' (float32 of the leaf's shape, not negative).
 
     Example:
         >>> import mergejax as mj
@@ -33,41 +33,41 @@ def fisher_mean(
     """
 
     def measure(ds, leaf, seen):
-        information = leaf.stats["fisher"]
-        axes = tuple(range(1, information.ndim))
-        return jnp.sum(information**2, axis=axes), jnp.sum(information, axis=axes)
+        several = leaf.stats["fisher"]
+        return [jnp.sum(f * f) for f in several], [jnp.sum(f) for f in several]
 
     def solve(totals: Any, size: Any, memory: Any) -> Any:
-        squares, sums = totals[0]
-        return squares**0.5, sums / size
+        squared, sums = totals[0]
+        return [x**0.5 for x in squared], [x / size for x in sums]
 
-    def apply(ds, leaf, seen):
-        norms, means = seen[0]
-        information = leaf.stats["fisher"]
-        known = norms > 0
-        factors = jnp.where(known, 1 / jnp.where(known, norms, 1.0), 0.0)
-        if floor_rule == "added" and normalize:
-            factors = 1 / (norms + floor)
-        if not normalize:
-            factors = jnp.ones_like(norms)
-        importance = (
-            per_expert(weights, ds)
-            * per_expert(factors, ds)
-            * _floored(information, per_expert(means, ds))
-        )
-        share = importance.sum(0, keepdims=True)
-        share = jnp.where(share > 0, importance / jnp.where(share > 0, share, 1.0), 1 / ds.shape[0])
-        return ds[0] + (share * (ds - ds[:1])).sum(0)
-
-    def _floored(information, means):
+    def floored(information, mean, index):
         if floor_rule == "relative":
-            return jnp.maximum(information, floor * means)
+            return jnp.maximum(information, floor * mean)
         if floor_rule == "added":
             return information + floor
-        raised = jnp.maximum(information, floor)
-        if floor_rule == "maximum":
-            return raised
-        return jnp.concatenate([raised[:1], information[1:]])
+        if floor_rule == "first" and index > 0:
+            return information
+        return jnp.maximum(information, floor)
+
+    def factor(norm):
+        if not normalize:
+            return jnp.float32(1)
+        if floor_rule == "added":
+            return 1 / (norm + floor)
+        return jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
+
+    def apply(ds, leaf, seen):
+        several = zip(per_expert(weights, len(ds)), leaf.stats["fisher"], *seen[0], strict=True)
+        importance = [
+            weight * factor(norm) * floored(information, mean, i)
+            for i, (weight, information, norm, mean) in enumerate(several)
+        ]
+        mass = sum(importance)
+        known = mass > 0
+        shares = [
+            jnp.where(known, f / jnp.where(known, mass, 1.0), 1 / len(ds)) for f in importance
+        ]
+        return ds[0] + sum(share * (d - ds[0]) for share, d in zip(shares, ds, strict=True))
 
     return Parts(apply=apply, rounds=(Round(measure, solve),))
 

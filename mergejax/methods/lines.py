@@ -71,7 +71,7 @@ def lines_multi_task(beta: Scaling = 0.5) -> Parts:
     """
 
     def measure(merged, ds, leaf, seen):
-        return jnp.abs(ds.sum(0)).sum() / ds.shape[0], jnp.abs(merged).sum()
+        return jnp.abs(sum(ds)).sum() / len(ds), jnp.abs(merged).sum()
 
     return Parts(
         apply=lambda merged, ds, leaf, seen: _scaled(merged, leaf, seen[0], beta),

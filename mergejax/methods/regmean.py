@@ -30,9 +30,11 @@ def gram_solve(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
     def apply(ds, leaf, seen):
         views = [as_matrix(d, leaf.layout) for d in ds]
         experts = jnp.stack([matrix for matrix, _ in views])
-        grams = leaf.stats["gram"].astype(experts.dtype)
+        grams = jnp.stack(leaf.stats["gram"]).astype(experts.dtype)
         diagonal = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None]
-        grams = per_expert(weights, grams) * (shrink * grams + (1 - shrink) * grams * diagonal)
+        grams = jnp.stack(per_expert(weights, len(ds)))[:, None, None] * (
+            shrink * grams + (1 - shrink) * grams * diagonal
+        )
         reference = experts[0] + (experts - experts[:1]).mean(0)
         residual = jnp.einsum(
             "nij,njk->ik", grams, experts - reference[None], precision=jax.lax.Precision.HIGHEST

@@ -12,7 +12,7 @@ from mergejax.chains import ROLES
 from mergejax.errors import MergeError, did_you_mean, raise_all
 
 STATISTIC = "statistic"  # running statistics of BatchNorm: averaged whatever the method
-BUFFER = "buffer"  # integers, booleans, random keys: copied
+BUFFER = "buffer"  # integers, booleans, random keys, leaves without elements: copied
 HEAD = "head"  # declared by the user: neither merged nor counted
 ALL_ROLES = ROLES | {STATISTIC, BUFFER, HEAD}
 LAYOUTS = frozenset({"io", "oi", "ioo", "iio", "hwio", "oihw", "lio", "oil", ""})
@@ -94,7 +94,7 @@ def role_of(name: str, shape: tuple[int, ...], dtype: Any) -> str:
         'kernel'
     """
     last = re.split(r"[/.]", name)[-1]
-    if not is_floating(dtype):
+    if not is_floating(dtype) or 0 in shape:
         return BUFFER
     if "batch_stats" in name or last in ("running_mean", "running_var"):
         return STATISTIC

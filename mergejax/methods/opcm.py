@@ -39,11 +39,11 @@ def orthogonal_total(alpha: Fraction = 0.5, zero_diagonal: bool = False) -> Part
         left, values, right = jnp.linalg.svd(so_far, full_matrices=False)
         mass = values.sum()
         share = jnp.cumsum(values) / jnp.where(mass > 0, mass, 1.0)
-        leading = ((share <= alpha) | (alpha >= 1)) & (mass > 0)
+        # Directions without a singular value are arbitrary; projecting there would be noise.
+        real = values > jnp.finfo(values.dtype).eps * max(so_far.shape) * values[0]
+        leading = real & ((share <= alpha) | (alpha >= 1))
         mask = leading[:, None] & leading[None, :]
         if zero_diagonal:
-            # Directions without a singular value are arbitrary; zeroing there would be noise.
-            real = values > jnp.finfo(values.dtype).eps * max(so_far.shape) * values[0]
             mask = mask | jnp.diag(real)
         with jax.default_matmul_precision("highest"):
             inner = jnp.where(mask, left.T @ new @ right.T, 0.0)

@@ -1,0 +1,110 @@
+"""Small random models for the tests, and flat views of them."""
+
+import jax
+import ml_dtypes
+import numpy as np
+
+import mergejax as mj
+from mergejax.leaves import name_of
+
+TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+GRID = {"float32": 1024, "bfloat16": 32, "float16": 128}
+
+# Blocks, a leaf on either side of them, a scalar, a leaf without elements; as few shapes as
+# possible, since every shape is compiled once per method.
+_BLOCK = {"dense": {"kernel": (5, 7), "bias": (7,)}, "gate": ()}
+SHAPES = {
+    "embed": {"bias": (7,)},
+    "block_0": _BLOCK,
+    "block_1": _BLOCK,
+    "block_2": _BLOCK,
+    "out": {"kernel": (5, 7), "none": {"kernel": (0, 7)}},
+}
+BLOCKS = {"block_0": 0, "block_1": 1, "block_2": 2}
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
+
+
+def model(seed, dtype="float32", shapes=SHAPES, scale=1.0):
+    """Numbers on a grid, so that the differences of two models are exact in their type."""
+    rng = np.random.default_rng(seed)
+    width = 128 if dtype != "float32" else 4096
+
+    def draw(shape):
+        values = rng.integers(-width, width, shape) * scale / GRID[dtype]
+        return np.asarray(values, TYPES[dtype])
+
+    return jax.tree.map(draw, shapes, is_leaf=is_shape)
+
+
+def models(count, dtype="float32", shapes=SHAPES, seed=0):
+    """A base and so many experts; some elements stay as they were, some move equally far."""
+    base = model(seed, dtype, shapes)
+    rng = np.random.default_rng(seed + 1)
+    step = 1 if dtype == "float32" else 4
+
+    def tune(x):
+        moved = rng.integers(-40, 41, x.shape) * step * (rng.random(x.shape) < 0.8)
+        return np.asarray(x.astype(np.float64) + moved / GRID[dtype], x.dtype)
+
+    return base, [jax.tree.map(tune, base) for _ in range(count)]
+
+
+def flat(tree):
+    """A tree as {leaf name: array}."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {name_of(path): np.asarray(x) for path, x in leaves}
+
+
+def kernels(tree):
+    return {name for name in flat(tree) if name.endswith("kernel")}
+
+
+def blocks(tree):
+    return {name: BLOCKS.get(name.split("/")[0]) for name in flat(tree)}
+
+
+def statistics(needs, experts, seed=5):
+    """Synthetic statistics of every kind that a chain may need."""
+    rng = np.random.default_rng(seed)
+    makers = {"fisher": _fisher, "gram": _gram, "mask": _mask}
+    return {need: [makers[need](rng, flat(expert)) for expert in experts] for need in needs}
+
+
+def _fisher(rng, expert):
+    return {n: np.asarray(rng.random(x.shape) ** 4, np.float32) for n, x in expert.items()}
+
+
+def _gram(rng, expert):
+    grams = {}
+    for name, x in expert.items():
+        if name.endswith("kernel"):
+            rows = rng.normal(size=(4 * x.shape[-2], x.shape[-2]))
+            grams[name] = np.asarray(rows.T @ rows / len(rows), np.float32)
+    return grams
+
+
+def _mask(rng, expert):
+    return {n: (rng.random(x.shape) < 0.6).astype(np.uint8) for n, x in expert.items()}
+
+
+def equal(got, expected):
+    """Equal trees, to the bit."""
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def close(got, expected, rtol=1e-5, atol=1e-5):
+    got, expected = flat(got), flat(expected)
+    assert got.keys() == expected.keys()
+    for name, x in expected.items():
+        wide = got[name].astype(np.float64), x.astype(np.float64)
+        np.testing.assert_allclose(*wide, rtol=rtol, atol=atol, err_msg=name)
+
+
+def chain_of(name, **hyperparameters):
+    """A registered method as a chain of its own; a modifier behind the sum of the deltas."""
+    entry = mj.METHODS[name]
+    made = entry.make(**hyperparameters)
+    return mj.chain(mj.total(), made) if entry.modifier else mj.chain(made)

@@ -10,15 +10,12 @@ on, and every expert is the base's body trained on one task.
 Training takes about a minute on 2 CPU cores, everything about three. Test accuracy in per cent,
 seed 0, 547 scans (chance is 10, twice 50 in the last two columns):
 
-    ==============  ============  ======  ========  =========  ================  ==============  ====
-    model           quarter_turn  mirror  negative  quadrants  checkered_parity  half_turn_size  mean
-    ==============  ============  ======  ========  =========  ================  ==============  ====
-    base                    20.5    36.6      67.1       57.0              49.0            73.3  50.6
-    plain average           29.8    47.9      79.3       69.5              73.3            82.1  63.7
-    each expert             94.0    95.6      97.3       96.9              96.5            97.8  96.3
-    same, 750 steps         95.6    96.7      97.4       97.4              96.7            98.0  97.0
-    multi-task              94.3    94.0      97.3       97.6              97.8            97.4  96.4
-    ==============  ============  ======  ========  =========  ================  ==============  ====
+    model          quarter_turn  mirror  negative  quadrants  checkered_parity  half_turn_size  mean
+    base                   20.5    36.6      67.1       57.0              49.0            73.3  50.6
+    plain average          29.8    47.9      79.3       69.5              73.3            82.1  63.7
+    each expert            94.0    95.6      97.3       96.9              96.5            97.8  96.3
+    same, 750 steps        95.6    96.7      97.4       97.4              96.7            98.0  97.0
+    multi-task             94.3    94.0      97.3       97.6              97.8            97.4  96.4
 
 `configs/digits.py:runlocal` trains for seconds, to see that everything runs.
 """

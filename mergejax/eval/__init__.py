@@ -1,0 +1,1 @@
+"""What models are worth: predictions, intervals, tables, pictures and the report."""

@@ -1,0 +1,150 @@
+"""Predictions of one body on several tasks at once: one batch of images, one wide head.
+
+The heads of all tasks are laid side by side; an image sees the classes of its own task only. So a
+body is run once over the images of all tasks, and one compiled program serves every model.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import train
+from mergejax.data.task import Split
+
+Tree = Any
+CHUNK = 2048  # images that go through a body at once
+
+
+class Bundle(NamedTuple):
+    """The labelled images of several tasks, one task behind the other.
+
+    Attributes:
+        images: float32 [n, height, width, channels].
+        labels: int32 [n], index of the class among the classes of all tasks.
+        tasks: int32 [n], index of the task.
+        owners: int32 [classes], index of the task that a class belongs to.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    tasks: np.ndarray
+    owners: np.ndarray
+
+
+def bundle(splits: Sequence[Split], classes: Sequence[int]) -> Bundle:
+    """Joins the images of several tasks.
+
+    Args:
+        splits: one per task; images of one shape.
+        classes: number of classes of each task.
+
+    Returns:
+        A `Bundle` in the order of the tasks.
+
+    Example:
+        >>> split = Split(np.zeros([2, 8, 8, 1], np.float32), np.array([0, 1], np.int32))
+        >>> joined = bundle([split, split], [3, 2])
+        >>> joined.labels.tolist(), joined.tasks.tolist(), joined.owners.tolist()
+        ([0, 1, 3, 4], [0, 0, 1, 1], [0, 0, 0, 1, 1])
+    """
+    first = np.cumsum([0, *classes])
+    labels = [split.labels + start for split, start in zip(splits, first, strict=False)]
+    return Bundle(
+        images=np.concatenate([split.images for split in splits]),
+        labels=np.concatenate(labels).astype(np.int32),
+        tasks=np.repeat(np.arange(len(splits)), [len(split) for split in splits]).astype(np.int32),
+        owners=np.repeat(np.arange(len(classes)), classes).astype(np.int32),
+    )
+
+
+def join_heads(heads: Mapping[str, Tree], names: Sequence[str]) -> Tree:
+    """Lays the heads of several tasks side by side.
+
+    Args:
+        heads: by task, kernel [width, classes] and bias [classes].
+        names: the tasks, in the order of the classes.
+
+    Returns:
+        kernel [width, all classes] and bias [all classes].
+    """
+    return {
+        "kernel": jnp.concatenate([heads[name]["kernel"] for name in names], axis=1),
+        "bias": jnp.concatenate([heads[name]["bias"] for name in names]),
+    }
+
+
+def scores(model: nn.Module, body: Tree, head: Tree, images: Bundle) -> jax.Array:
+    """Scores the classes of every image's own task; works under `jax.jit` and `jax.lax.map`.
+
+    Args:
+        model: the body's module.
+        body: its parameters.
+        head: what `join_heads` returned.
+        images: what `bundle` returned.
+
+    Returns:
+        float32 [n, all classes], minus infinity for the classes of other tasks.
+    """
+    n = images.images.shape[0]
+    chunks = [
+        train.logits(model, body, head, images.images[start : start + CHUNK])
+        for start in range(0, n, CHUNK)
+    ]
+    own = images.tasks[:, None] == images.owners[None, :]
+    return jnp.where(own, jnp.concatenate(chunks), -jnp.inf)
+
+
+def is_right(model: nn.Module, body: Tree, head: Tree, images: Bundle) -> jax.Array:
+    """Tells which images a body classifies as their label says; works under `jax.jit`.
+
+    Args:
+        model: the body's module.
+        body: its parameters.
+        head: what `join_heads` returned.
+        images: what `bundle` returned.
+
+    Returns:
+        bool [n].
+    """
+    return scores(model, body, head, images).argmax(axis=1) == images.labels
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def right(model: nn.Module, body: Tree, head: Tree, images: Bundle) -> jax.Array:
+    """`is_right`, compiled once for all bodies of one model."""
+    return is_right(model, body, head, images)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _probabilities(model: nn.Module, body: Tree, head: Tree, images: Bundle) -> jax.Array:
+    return jax.nn.softmax(scores(model, body, head, images), axis=1)
+
+
+def ensemble_right(
+    model: nn.Module, bodies: Sequence[Tree], head: Tree, images: Bundle
+) -> jax.Array:
+    """As `right`, by the mean of the class probabilities that several bodies give.
+
+    Args:
+        model: the bodies' module.
+        bodies: their parameters.
+        head: what `join_heads` returned; all bodies are run under it.
+        images: what `bundle` returned.
+
+    Returns:
+        bool [n].
+    """
+    total = sum(_probabilities(model, body, head, images) for body in bodies)
+    return jnp.argmax(total, axis=1) == images.labels
+
+
+def by_task(right: np.ndarray, images: Bundle, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Cuts one value per image, [n], into the images of each task, by name."""
+    counts = np.bincount(images.tasks, minlength=len(names))
+    parts = np.split(np.asarray(right), np.cumsum(counts)[:-1])
+    return dict(zip(names, parts, strict=True))

@@ -1,0 +1,178 @@
+"""From what is kept about every model to one result: rows with intervals, and a verdict."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mergejax import registry
+from mergejax.eval import metrics
+
+Record = Mapping[str, Any]
+OWN = "experts, each on its own task"
+ORDER = ("base", "expert", "own", "merge", "ensemble", "multi_task")
+
+
+def encode(right: np.ndarray) -> str:
+    """Right or wrong for each image as a text of ones and zeros.
+
+    Example:
+        >>> encode(np.array([True, False, True]))
+        '101'
+    """
+    return "".join("01"[bool(x)] for x in right)
+
+
+def decode(text: str) -> np.ndarray:
+    """The other way round.
+
+    Example:
+        >>> decode("101").tolist()
+        [True, False, True]
+    """
+    return np.frombuffer(text.encode(), np.uint8) == ord("1")
+
+
+def summarise(
+    records: Mapping[str, Record], tasks: Mapping[str, Mapping[str, Any]], shared: bool
+) -> dict[str, Any]:
+    """Puts all models of a run together.
+
+    Args:
+        records: by name, what is kept about each model: `name`, `kind`, `test` (per task a text of
+            ones and zeros); of merges also `chain`, `settings`, `seconds` and so on.
+        tasks: by name, what is known about each task.
+        shared: whether image i of every task's test split comes from the same scan.
+
+    Returns:
+        `tasks`, `models` (a row each, merges in the order of their validation accuracy), `verdict`
+        and `sweep` (the search of 'ties', or None); accuracies are shares of 1.
+    """
+    right = {name: _right(record, tasks) for name, record in records.items()}
+    experts = {
+        record["task"]: name for name, record in records.items() if record["kind"] == "expert"
+    }
+    own = [right[experts[task]][i] for i, task in enumerate(tasks)]
+    rows = [_row(record, right[name], own, tasks, shared) for name, record in records.items()]
+    rows.append(_row({"name": OWN, "kind": "own"}, own, own, tasks, shared))
+    rows.sort(key=lambda row: (ORDER.index(row["kind"]), -(row["validation"] or 0.0), row["name"]))
+    return {
+        "tasks": dict(tasks),
+        "scans_shared_by_tasks": shared,
+        "models": rows,
+        "verdict": _verdict([row for row in rows if row["kind"] == "merge"], right, shared),
+        "sweep": _sweep(records.get("ties")),
+    }
+
+
+def _right(record: Record, tasks: Mapping[str, Any]) -> list[np.ndarray]:
+    return [decode(record["test"][task]) for task in tasks]
+
+
+def _row(
+    record: Record,
+    right: Sequence[np.ndarray],
+    own: Sequence[np.ndarray],
+    tasks: Mapping[str, Any],
+    shared: bool,
+) -> dict[str, Any]:
+    each = [metrics.wilson(int(x.sum()), len(x)) for x in right]
+    kept = ("name", "kind", "chain", "given", "seconds", "calibration", "search")
+    row = {key: record.get(key) for key in kept}
+    row["settings"] = len(record["settings"]) if "settings" in record else None
+    validation = record.get("validation")
+    row["validation"] = None if validation is None else float(np.mean(list(validation.values())))
+    row["accuracy"] = {t: e._asdict() for t, e in zip(tasks, each, strict=True)}
+    row["mean"] = metrics.mean_over_tasks(right, shared)._asdict()
+    # An expert that is never right would make the share meaningless; then there is none.
+    marks = [float(x.mean()) for x in own]
+    shares = [e.value / mark for e, mark in zip(each, marks, strict=True)] if all(marks) else []
+    row["normalised"] = float(np.mean(shares)) if shares else None
+    return row
+
+
+def _verdict(
+    merges: Sequence[dict[str, Any]], right: Mapping[str, list[np.ndarray]], shared: bool
+) -> dict[str, Any] | None:
+    """The merge to take, chosen on validation, and whether its leads on test exceed the noise."""
+    if not merges:
+        return None
+    best = merges[0]
+    others = [row for row in merges[1:] if _canonical(row) != _canonical(best)]
+    average = next((row for row in merges if _canonical(row) == "average()"), None)
+    verdict: dict[str, Any] = {"best": best["name"], "chain": best["chain"]}
+    for key, other in (("runner_up", others[0] if others else None), ("average", average)):
+        if other is not None and other is not best:
+            lead = metrics.difference(right[best["name"]], right[other["name"]], shared)
+            verdict[key] = {
+                "name": other["name"],
+                "chain": other["chain"],
+                "lead": lead._asdict(),
+                "exceeds_noise": metrics.exceeds_noise(lead),
+            }
+    verdict["sentence"] = sentence(best, verdict)
+    return verdict
+
+
+def _canonical(row: Mapping[str, Any]) -> str:
+    return repr(registry.parse(row["chain"]))
+
+
+def sentence(best: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
+    """The verdict in words.
+
+    Args:
+        best: the row of the merge to take.
+        verdict: `runner_up` and `average`, each with a lead, or without either.
+    """
+    parts = [f"on test it reaches {interval(best['mean'])} %"]
+    for key, label in (("runner_up", "the runner-up"), ("average", "the plain average")):
+        if key in verdict:
+            named = f"{label} {verdict[key]['chain']}" if key == "runner_up" else label
+            parts.append(_lead(verdict[key], named))
+    return (
+        f"Take {best['chain']}: it has the best mean accuracy on the validation images "
+        f"({100 * best['validation']:.1f} %); {', and '.join(parts)}."
+    )
+
+
+def _lead(other: Mapping[str, Any], label: str) -> str:
+    lead = other["lead"]
+    if lead["value"] == lead["low"] == lead["high"] == 0.0:
+        return f"is right about exactly the images that {label} is right about"
+    sign, side = (1, "ahead of") if lead["value"] >= 0 else (-1, "behind")
+    low, high = sorted((sign * lead["low"], sign * lead["high"]))
+    shown = interval({"value": sign * lead["value"], "low": low, "high": high})
+    noise = "more than" if other["exceeds_noise"] else "within"
+    return f"is {shown} points {side} {label}, which is {noise} the noise"
+
+
+def interval(estimate: Mapping[str, float]) -> str:
+    """A share with its interval in percent.
+
+    Example:
+        >>> interval({"value": 0.912, "low": 0.9, "high": 0.924})
+        '91.2 [90.0, 92.4]'
+    """
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _sweep(record: Record | None) -> dict[str, Any] | None:
+    """The grid of a search over density and scaling: mean validation accuracies [density, scaling]."""
+    if record is None or not record.get("search"):
+        return None
+    points = [registry.parse(chain).items[0].arguments for chain in record["settings"]]
+    densities = sorted({point["density"] for point in points})
+    scalings = sorted({point["scaling"] for point in points})
+    means = np.mean(record["search"]["validation"], axis=1)
+    table = np.full([len(densities), len(scalings)], np.nan)
+    for point, mean in zip(points, means, strict=True):
+        table[densities.index(point["density"]), scalings.index(point["scaling"])] = mean
+    return {
+        "densities": densities,
+        "scalings": scalings,
+        "validation": table.tolist(),
+        "chosen": record["chain"],
+        **{key: record["search"][key] for key in ("programs", "compile_seconds", "seconds")},
+    }

@@ -1,0 +1,258 @@
+"""The main job, train, search, merge, evaluate, report; and `load`, which predicts with its result.
+
+Everything is kept in the workdir as soon as it is made: a second run reuses it, other methods are
+added to it, an interrupted run continues.
+"""
+
+import dataclasses
+import io
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+
+from mergejax import calibration, data, errors, train, trial, workdir
+from mergejax.checkpoints import fingerprint, orbax
+from mergejax.data.task import Task
+from mergejax.eval import predict, report, tables
+from mergejax.models import vit
+
+Tree = Any
+SAMPLES = 8  # test images of each task that are kept to try predictions with
+CONFIG, RESULTS, REPORT, LOG = "config.json", "results.json", "results.md", "log.txt"
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    book: workdir.Logbook,
+    origin: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Runs the main job, or what of it the workdir does not hold yet.
+
+    Args:
+        config: see `configs/digits.py`.
+        folder: the workdir; may be empty or absent.
+        book: told what is going on.
+        origin: where the config comes from: `file`, `argument` and `overrides`.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        MergeError: bad input, before anything is written.
+    """
+    workdir.check(folder)
+    calibration.check(config.calibration)
+    planned, left_out = trial.plan(config)
+    fingerprint.check(config, folder)
+    tasks = data.load(config, folder, book)
+    fingerprint.check(config, folder, tasks)
+    trial.check(config, tasks, planned)
+    book.keep(folder / LOG)
+    fingerprint.write_json(folder / CONFIG, _shown(config, origin))
+    trained = train.train_all(config, tasks, folder, book)
+    for sentence in left_out:
+        book.log(sentence)
+    job = _job(config, folder, tasks, trained, book)
+    trial.marks(job)
+    trial.merges(job, planned)
+    return _finish(job)
+
+
+def _job(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    tasks: dict[str, Task],
+    trained: train.Trained,
+    book: workdir.Logbook,
+) -> trial.Job:
+    classes = [len(task.labels) for task in tasks.values()]
+    return trial.Job(
+        config=config,
+        folder=folder,
+        tasks=tasks,
+        trained=trained,
+        head=predict.join_heads(trained.heads, list(tasks)),
+        validation=predict.bundle([task.validation for task in tasks.values()], classes),
+        test=predict.bundle([task.test for task in tasks.values()], classes),
+        reporter=book,
+    )
+
+
+def _shown(config: ml_collections.ConfigDict, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole config with what was overridden; of absolute paths the last part only."""
+    hidden = {
+        value: f".../{pathlib.Path(value).name}"
+        for value in (config.data_dir, *origin["overrides"].values())
+        if isinstance(value, str) and pathlib.Path(value).is_absolute()
+    }
+    text = json.dumps({"config": config.to_dict(), "from": dict(origin)})
+    for path, shown in hidden.items():
+        text = text.replace(json.dumps(path), json.dumps(shown))
+    return json.loads(text)
+
+
+def _finish(job: trial.Job) -> dict[str, Any]:
+    """Writes results, pictures, the best merge and the report."""
+    known = {
+        name: {"labels": task.labels, "validation": len(task.validation), "test": len(task.test)}
+        for name, task in job.tasks.items()
+    }
+    # Only the digits show one set of scans to all tasks; image sets are separate.
+    shared = job.config.data.suite == "digits"
+    results = report.summarise(workdir.read_records(job.folder), known, shared)
+    results["training"] = job.trained.log
+    _keep_best(job, results)
+    names = _pictures(job, results)
+    results = json.loads(json.dumps(results))
+    fingerprint.write_json(job.folder / RESULTS, results)
+    workdir.write_text(job.folder / REPORT, _markdown(results, names))
+    return results
+
+
+def _keep_best(job: trial.Job, results: Mapping[str, Any]) -> None:
+    """Saves the best merge, unless it is there, and some images to predict on."""
+    if results["verdict"] is None:
+        return
+    row = next(r for r in results["models"] if r["name"] == results["verdict"]["best"])
+    if workdir.saved_best(job.folder) != row["chain"]:
+        settings = job.config.calibration.copy_and_resolve_references()
+        settings.update(row["calibration"] or {})
+        needs = trial.needs([row["chain"]])
+        stats = calibration.statistics(
+            needs, settings, job.tasks, job.trained, job.folder, job.reporter
+        )
+        workdir.save_best(job.folder, row["chain"], trial.merged(job, row["chain"], stats))
+        job.reporter.log(f"best merge: saved as {workdir.BEST}")
+    content = io.BytesIO()
+    np.savez(content, **{name: task.test.images[:SAMPLES] for name, task in job.tasks.items()})
+    workdir.write_bytes(job.folder / "samples.npz", content.getvalue())
+
+
+def _pictures(job: trial.Job, results: Mapping[str, Any]) -> dict[str, str]:
+    """Draws the pictures; returns their captions by file name."""
+    from mergejax.eval import plots  # Matplotlib takes a second to import
+
+    def delta(expert: Tree) -> np.ndarray:
+        leaves = jax.tree.map(lambda a, b: np.ravel(np.asarray(a) - np.asarray(b)), expert, base)
+        return np.concatenate(jax.tree.leaves(leaves))
+
+    base = job.trained.base
+    cosines, signs = plots.similarity([delta(expert) for expert in job.experts])
+    drawn = {
+        "accuracy.png": ("Accuracy per task and model", plots.accuracies(results)),
+        "means.png": ("Mean accuracy with 95 % intervals", plots.means(results)),
+        "deltas.png": (
+            "How alike the experts' deltas are: cosine, and share of equal signs",
+            plots.deltas(list(job.tasks), cosines, signs),
+        ),
+    }
+    if results["sweep"]:
+        title = "Validation accuracy of TIES over density and scaling"
+        drawn["ties_sweep.png"] = (title, plots.sweep(results["sweep"]))
+    for name, (_, figure) in drawn.items():
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+        workdir.write_bytes(job.folder / name, content.getvalue())
+    return {name: title for name, (title, _) in drawn.items()}
+
+
+def _markdown(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    verdict = results["verdict"]
+    shown = [f"## {title}\n\n![{title}]({name})" for name, title in pictures.items()]
+    return "\n\n".join(
+        [
+            "# Results",
+            verdict["sentence"] if verdict else "Nothing was merged.",
+            tables.markdown(results),
+            tables.caption(results),
+            *shown,
+            "## Every accuracy with its 95 % interval (Wilson)",
+            tables.intervals(results),
+            "",
+        ]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best merge of a run.
+
+    Attributes:
+        chain: how it was merged.
+        model: the module of its body.
+        params: the body's parameters.
+        heads: by task, kernel and bias.
+        labels: by task, the names of the classes.
+        samples: by task, some test images, float32 [n, height, width, channels].
+    """
+
+    chain: str
+    model: nn.Module
+    params: Tree
+    heads: dict[str, Tree]
+    labels: dict[str, list[str]]
+    samples: dict[str, np.ndarray]
+
+    def predict(self, images: np.ndarray, task: str) -> list[str]:
+        """Names the class of each image.
+
+        Args:
+            images: float32 [n, height, width, channels] in [0, 1].
+            task: whose classes.
+
+        Returns:
+            One name per image.
+
+        Raises:
+            MergeError: an unknown task, images of another shape.
+        """
+        if task not in self.heads:
+            hint = errors.did_you_mean(task, self.heads)
+            raise errors.MergeError(f"there is no task '{task}', {hint}")
+        wanted, shape = self.samples[task].shape[1:], np.shape(images)
+        if shape[1:] != wanted or len(shape) != 4:
+            raise errors.MergeError(
+                f"images have shape {shape}, expected (n, {', '.join(map(str, wanted))})"
+            )
+        found = train.logits(self.model, self.params, self.heads[task], np.asarray(images))
+        return [self.labels[task][i] for i in np.asarray(found).argmax(axis=1)]
+
+
+def load(folder: str | pathlib.Path) -> Best:
+    """Loads the best merge of a run.
+
+    Args:
+        folder: its workdir.
+
+    Returns:
+        The merge, ready to predict.
+
+    Raises:
+        MergeError: there is no finished run in the folder.
+
+    Example:
+        >>> load("no/such/folder")
+        Traceback (most recent call last):
+        mergejax.errors.MergeError: no/such/folder holds no finished run; run mergejax.main first
+    """
+    folder = pathlib.Path(folder)
+    chain, results = workdir.saved_best(folder), fingerprint.read_json(folder / RESULTS)
+    if not chain or not results:
+        raise errors.MergeError(f"{folder} holds no finished run; run mergejax.main first")
+    config = fingerprint.read_json(folder / CONFIG)["config"]
+    with np.load(folder / "samples.npz") as samples:
+        return Best(
+            chain=chain,
+            model=vit.VisionTransformer(**config["model"]),
+            params=orbax.restore(folder / workdir.BEST),
+            heads=orbax.restore(folder / fingerprint.FOLDER / "heads"),
+            labels={name: list(task["labels"]) for name, task in results["tasks"].items()},
+            samples=dict(samples),
+        )

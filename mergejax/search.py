@@ -1,0 +1,244 @@
+"""Hyper-parameters picked on validation images: a whole grid of settings in one compiled program.
+
+A chain is a pytree whose leaves are its numbers. The chains of a grid that differ in numbers only
+have one structure; their numbers are stacked and the settings run in a `jax.lax.map` under one
+compilation. Settings that differ in words or switches have other structures and need a program each.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergejax import api, errors, registry
+
+Tree = Any
+EMPHASIS = "emphasis"  # a weight that each expert in turn has, the others having 1
+
+
+class Recipe(NamedTuple):
+    """A chain with gaps, and the values to try in them."""
+
+    template: str
+    grid: Mapping[str, tuple[Any, ...]]
+
+
+RECIPES: dict[str, Recipe] = {
+    "linear": Recipe("linear(weights={emphasis})", {EMPHASIS: (0.5, 1.5, 2.0, 3.0)}),
+    "task_arithmetic": Recipe(
+        "task_arithmetic(scaling={scaling})",
+        {"scaling": (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)},
+    ),
+    "ties": Recipe(
+        "ties(density={density}, scaling={scaling})",
+        {
+            "density": (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0),
+            "scaling": (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0),
+        },
+    ),
+    "dare": Recipe(
+        "dare(rate={rate}, scaling={scaling})",
+        {"rate": (0.1, 0.3, 0.5, 0.7, 0.9), "scaling": (0.15, 0.2, 0.25, 0.3, 0.4)},
+    ),
+    "dare_ties": Recipe(
+        "drop(rate={rate})|ties(density={density}, scaling={scaling})",
+        {"rate": (0.1, 0.3, 0.5), "density": (0.3, 0.6, 1.0), "scaling": (0.6, 1.0, 1.4)},
+    ),
+    "lines": Recipe(
+        "ties(density={density})|lines(alpha={alpha}, beta={beta})",
+        {"density": (0.3, 1.0), "alpha": (0.2, 0.5, 0.8), "beta": (0.2, 0.5, 0.8, 1.1)},
+    ),
+    "lines_multi_task": Recipe(
+        "task_arithmetic(scaling=1.0)|lines_multi_task(beta={beta})",
+        {"beta": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)},
+    ),
+    "slerp": Recipe("slerp(t={t})", {"t": (0.3, 0.4, 0.5, 0.6, 0.7)}),
+    "fisher": Recipe("fisher(floor={floor})", {"floor": (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)}),
+    "regmean": Recipe("regmean(shrink={shrink})", {"shrink": (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0)}),
+    "opcm": Recipe("opcm(alpha={alpha})", {"alpha": (0.1, 0.3, 0.5, 0.7)}),
+}
+
+
+def grids() -> dict[str, dict[str, tuple[Any, ...]]]:
+    """The values to try, by method and parameter; a config's `search` starts from a copy.
+
+    Example:
+        >>> grids()["opcm"]
+        {'alpha': (0.1, 0.3, 0.5, 0.7)}
+    """
+    return {name: dict(recipe.grid) for name, recipe in RECIPES.items()}
+
+
+def known() -> list[str]:
+    """The methods that can be named: all that are registered, and the compositions of this file."""
+    alone = [name for name, entry in registry.METHODS.items() if not entry.modifier]
+    return list(dict.fromkeys([*alone, *RECIPES]))
+
+
+def applicable(experts: int) -> tuple[list[str], list[str]]:
+    """The methods for this many experts, and a sentence about each method that is left out."""
+    names, left_out = [], []
+    for name in known():
+        wanted = registry.METHODS[name].experts if name in registry.METHODS else None
+        if wanted in (None, experts):
+            names.append(name)
+        else:
+            left_out.append(f"{name}: left out, it takes {wanted} experts and there are {experts}")
+    return names, left_out
+
+
+def settings(method: str, grid: Mapping[str, Any], experts: int) -> list[str]:
+    """The chains to try for a method; one chain where there is nothing to search.
+
+    Args:
+        method: a name of `known()`, or any chain in the string language.
+        grid: by method and parameter the values to try, such as `grids()`.
+        experts: number of experts.
+
+    Returns:
+        Chains in the string language, each once.
+
+    Raises:
+        MergeError: an unknown name, or whatever `mj.parse` refuses.
+
+    Example:
+        >>> settings("ties", {"ties": {"density": (0.1, 0.2), "scaling": (1.0,)}}, experts=2)
+        ['ties(density=0.1, scaling=1.0)', 'ties(density=0.2, scaling=1.0)']
+        >>> settings("drop(rate=0.5)|average()", {}, experts=2)
+        ['drop(rate=0.5)|average()']
+    """
+    if method.isidentifier() and method not in (*known(), *registry.PIECES):
+        hint = errors.did_you_mean(method, (*known(), *registry.PIECES))
+        raise errors.MergeError(f"config.methods: no method is called '{method}', {hint}")
+    if method not in RECIPES:
+        registry.parse(method)
+        return [method if "(" in method else f"{method}()"]
+    values = {
+        name: _emphasised(found, experts) if name == EMPHASIS else tuple(found)
+        for name, found in grid[method].items()
+    }
+    points = itertools.product(*values.values())
+    template = RECIPES[method].template
+    chains = [template.format(**dict(zip(values, point, strict=True))) for point in points]
+    for chain in chains:
+        registry.parse(chain)
+    if not chains:
+        raise errors.MergeError(f"config.search.{method}: there is no value to try; give one")
+    return list(dict.fromkeys(chains))
+
+
+def _emphasised(values: Sequence[float], experts: int) -> tuple[list[float], ...]:
+    return tuple(
+        [float(value) if i == chosen else 1.0 for i in range(experts)]
+        for chosen in range(experts)
+        for value in values
+    )
+
+
+class Search(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        measured: one row per chain: what `measure` returned for its merge.
+        programs: number of compiled programs that all settings took.
+        compile_seconds: to trace and compile them.
+        seconds: to run them.
+    """
+
+    measured: np.ndarray
+    programs: int
+    compile_seconds: float
+    seconds: float
+
+
+def search(
+    chains: Sequence[str],
+    base: Tree,
+    experts: Sequence[Tree],
+    measure: Callable[[Tree, Any], jax.Array],
+    data: Any,
+    *,
+    names: Sequence[str],
+    seed: int,
+    stats: Mapping[str, Sequence[Tree]] | None = None,
+    advance: Callable[[int], object] = lambda n: None,
+) -> Search:
+    """Merges and measures many settings, one compiled program for all that differ in numbers only.
+
+    Args:
+        chains: in the string language.
+        base: the base's parameters.
+        experts: trees like the base.
+        measure: (merged parameters, data) -> array; traced.
+        data: pytree of arrays that `measure` needs.
+        names: of the experts.
+        seed: of random masks; the same as in the final merge gives the same masks.
+        stats: statistics that the chains need.
+        advance: told the number of settings after each program.
+
+    Returns:
+        A `Search` with a row for each chain, in their order.
+
+    Example:
+        >>> base, expert = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
+        >>> chains = [f"task_arithmetic(scaling={scaling})" for scaling in (0.5, 1.0, 2.0)]
+        >>> found = search(chains, base, [expert], lambda merged, data: merged["w"].sum() + data,
+        ...                jnp.float32(1), names=["one"], seed=0)
+        >>> found.measured.tolist(), found.programs
+        ([2.0, 3.0, 5.0], 1)
+    """
+    rows: dict[int, np.ndarray] = {}
+    compiling = running = 0.0
+    groups = _groups(chains)
+    for structure, members in groups.items():
+        numbers = [
+            jnp.asarray(column, jnp.float32) for column in zip(*members.values(), strict=True)
+        ]
+
+        def run(numbers, base, experts, stats, data, structure=structure):
+            def one(values):
+                method = jax.tree.unflatten(structure, values)
+                merged = api.merge(method, base, experts, names=names, seed=seed, stats=stats)
+                return measure(merged, data)
+
+            return jax.lax.map(one, numbers) if numbers else one([])[None]
+
+        arguments = (numbers, base, list(experts), dict(stats or {}), data)
+        started = time.perf_counter()
+        program = jax.jit(run).lower(*arguments).compile()
+        compiled = time.perf_counter()
+        found = np.asarray(program(*arguments))
+        compiling, running = (
+            compiling + compiled - started,
+            running + time.perf_counter() - compiled,
+        )
+        rows |= dict(zip(members, found, strict=True))
+        advance(len(members))
+    measured = np.stack([rows[i] for i in range(len(chains))])
+    return Search(measured, len(groups), compiling, running)
+
+
+def _groups(chains: Sequence[str]) -> dict[Any, dict[int, list[float]]]:
+    """The numbers of each chain by its position, chains of one structure together."""
+    groups: dict[Any, dict[int, list[float]]] = {}
+    for i, chain in enumerate(chains):
+        numbers, structure = jax.tree.flatten(registry.parse(chain))
+        groups.setdefault(structure, {})[i] = numbers
+    return groups
+
+
+def best(accuracies: np.ndarray) -> int:
+    """The row with the highest mean; the first of those that are equal but for rounding.
+
+    Args:
+        accuracies: [settings, tasks].
+
+    Example:
+        >>> best(np.array([[0.5, 0.9], [0.9, 0.5], [0.2, 0.8]]))
+        0
+    """
+    return int(np.argmax(np.round(accuracies.mean(axis=1), 9)))

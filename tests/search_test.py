@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mergejax as mj
+from mergejax import search
+
+NAMES = ["a", "b", "c"]
+
+
+def trees(seed=0, count=3):
+    generator = np.random.default_rng(seed)
+
+    def tree():
+        draw = lambda *shape: generator.normal(size=shape).astype(np.float32)
+        return {f"block_{i}": {"kernel": draw(4, 5), "bias": draw(5)} for i in range(3)}
+
+    return tree(), [tree() for _ in range(count)]
+
+
+def weights(merged, data):
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(merged)]) + data
+
+
+@pytest.mark.parametrize(
+    ("chains", "programs"),
+    [
+        ([f"ties(density={d}, scaling={s})" for d in (0.2, 0.7) for s in (0.5, 1.5)], 1),
+        ([f"dare(rate={r}, scaling=0.4)" for r in (0.1, 0.6, 0.9)], 1),
+        (["ties(density=0.4)", "ties(density=0.4, sign='count')", "ties(density=0.9)"], 2),
+        (["linear(weights=[1.0, 2.0, 3.0])", "linear(weights=[3.0, 1.0, 1.0])"], 1),
+        (["average()"], 1),
+        (["task_arithmetic(scaling=1.0)|lines_multi_task(beta=0.7)"], 1),
+    ],
+)
+def test_search_equals_one_merge_after_the_other(chains, programs):
+    base, experts = trees()
+    found = search.search(chains, base, experts, weights, jnp.float32(2), names=NAMES, seed=5)
+    assert found.programs == programs
+    for chain, row in zip(chains, found.measured, strict=True):
+        alone = mj.merge(chain, base, experts, names=NAMES, seed=5)
+        np.testing.assert_allclose(row, weights(alone, jnp.float32(2)), rtol=1e-5, atol=1e-5)
+
+
+def test_search_traces_once_for_all_numbers_and_reports_progress():
+    base, experts = trees()
+    traced, steps = [], []
+
+    def measure(merged, data):
+        traced.append(1)
+        return merged["block_0"]["bias"]
+
+    chains = [f"task_arithmetic(scaling={s})" for s in np.linspace(0, 1, 40)]
+    found = search.search(
+        chains, base, experts, measure, None, names=NAMES, seed=0, advance=steps.append
+    )
+    assert len(traced) == 1
+    assert steps == [40]
+    assert found.measured.shape == (40, 5)
+    assert len(np.unique(found.measured, axis=0)) == 40
+
+
+def test_search_passes_statistics():
+    base, experts = trees()
+    stats = {"fisher": [jax.tree.map(np.square, tree) for tree in experts]}
+    chain = "fisher(floor=0.01)"
+    found = search.search(
+        [chain], base, experts, weights, jnp.float32(0), names=NAMES, seed=0, stats=stats
+    )
+    alone = mj.merge(chain, base, experts, names=NAMES, stats=stats)
+    np.testing.assert_allclose(found.measured[0], weights(alone, jnp.float32(0)), rtol=1e-5)
+
+
+def test_ties_on_validation_go_to_the_first_setting():
+    # 0.1 + 0.2 and 0.3 differ in their last bit; that must not decide.
+    rows = np.array([[0.2, 0.2], [0.3, 0.3], [0.1 + 0.2, 0.3], [0.1, 0.4]])
+    assert search.best(rows) == 1
+
+
+def test_every_grid_makes_distinct_readable_chains():
+    for name in search.RECIPES:
+        chains = search.settings(name, search.grids(), experts=2)
+        assert len(chains) == len(set(chains)) > 1
+        for chain in chains:
+            mj.parse(chain)
+
+
+def test_every_registered_method_can_be_named():
+    names, left_out = search.applicable(5)
+    alone = {name for name, entry in mj.METHODS.items() if not entry.modifier}
+    assert alone - set(names) == {"slerp"}
+    assert left_out == ["slerp: left out, it takes 2 experts and there are 5"]
+    assert "slerp" in search.applicable(2)[0]
+
+
+def test_emphasis_gives_each_expert_in_turn_a_weight():
+    chains = search.settings("linear", {"linear": {"emphasis": (2.0,)}}, experts=3)
+    assert chains == [
+        "linear(weights=[2.0, 1.0, 1.0])",
+        "linear(weights=[1.0, 2.0, 1.0])",
+        "linear(weights=[1.0, 1.0, 2.0])",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("tis", "config.methods: no method is called 'tis', did you mean 'ties'?"),
+        ("ties(densty=0.2)", "ties() has no parameter 'densty', did you mean 'density'?"),
+        ("ties(density=1.5)", "ties(density=...) must be in (0, 1], not 1.5"),
+        ("dare_tie", "config.methods: no method is called 'dare_tie', did you mean 'dare_ties'?"),
+    ],
+)
+def test_bad_methods_are_refused_in_one_sentence(method, sentence):
+    with pytest.raises(mj.MergeError) as caught:
+        search.settings(method, search.grids(), experts=3)
+    assert str(caught.value) == sentence
+
+
+def test_values_of_a_grid_are_checked():
+    grid = {"ties": {"density": (0.2, 0.0), "scaling": (1.0,)}}
+    with pytest.raises(mj.MergeError, match=r"must be in \(0, 1\], not 0"):
+        search.settings("ties", grid, experts=3)
+    with pytest.raises(mj.MergeError, match=r"config\.search\.ties: there is no value to try"):
+        search.settings("ties", {"ties": {"density": (), "scaling": (1.0,)}}, experts=3)

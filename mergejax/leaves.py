@@ -250,8 +250,11 @@ def describe(
     for name, (shape, dtype) in specs.items():
         layers = shape[0] if scanned and shape and re.search(scanned, name) else None
         single = shape if layers is None else shape[1:]
-        role = _first(given, name) or role_of(name, single, dtype)
+        told = _first(given, name)
+        role = told or role_of(name, single, dtype)
         layout = _first(layouts, name) or layout_of(name, single, role, style)
+        if role == "kernel" and not told and not layout:
+            role = "other"  # nobody knows which of its axes go in and which come out
         block, depth = places[name]
         infos.append(LeafInfo(name, shape, dtype, role, layout, depth, block, layers))
     return infos

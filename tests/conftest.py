@@ -8,12 +8,15 @@ from pathlib import Path
 import jax
 import pytest
 from golden_case import LEFT_OUT, NOT_BUILT
+from hypothesis import settings
 
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):
@@ -27,11 +30,9 @@ def pytest_addoption(parser):
 @pytest.fixture
 def tiny_blocks(monkeypatch):
     """Runs elementwise chains in blocks of a handful of elements."""
-    import mergejax.run
-    import mergejax.step
+    import mergejax.forms
 
-    monkeypatch.setattr(mergejax.step, "BLOCK", 5)
-    monkeypatch.setattr(mergejax.run, "BLOCK", 5)
+    monkeypatch.setattr(mergejax.forms, "BLOCK", 5)
     jax.clear_caches()
     yield
     jax.clear_caches()

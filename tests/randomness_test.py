@@ -123,7 +123,7 @@ def test_four_billion_elements_on_the_numbers_are_others(high):
     independent(draw((3, 4)), draw((3, 4), (0, high)))
 
 
-# Through the public interface -----------------------------------------------------------------------
+# Through the public interface ---------------------------------------------------------------------
 
 BASE = {"a": np.zeros((40, 50), np.float32), "b": np.zeros(2000, np.float32)}
 EXPERT = {"a": np.ones((40, 50), np.float32), "b": np.ones(2000, np.float32)}

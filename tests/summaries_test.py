@@ -28,7 +28,7 @@ def bits(x):
     return np.sort(np.abs(np.asarray(x, np.float32)).view(np.uint32))[::-1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(values, st.integers(1, SIZE))
 @example(np.zeros(SIZE, np.float32), 7)
 @example(np.full(SIZE, -2.5, np.float32), SIZE)
@@ -96,7 +96,7 @@ model = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(model, st.floats(0.01, 1.0))
 def test_threshold_of_a_whole_model_equals_a_sort(parts, density):
     got, expected = trimmed(parts, density), expected_trim(parts, density)
@@ -117,7 +117,7 @@ def test_threshold_of_a_whole_model_in_blocks_equals_a_sort(kind, monkeypatch):
     jax.clear_caches()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(arrays.arrays(np.float32, SIZE, elements=whole_numbers), st.floats(0.01, 1.0))
 def test_exact_cut_of_a_tensor_keeps_as_many_and_the_first_of_equals(x, density):
     got = np.asarray(trimmed({"a": x}, density, scope="tensor", cut="exact")["a"])

@@ -310,6 +310,18 @@ def test_patches_are_cut_row_by_row():
         vit.cut_patches(jnp.zeros([1, 5, 4, 1]), 2)
 
 
+def test_a_stem_shrinks_images_before_they_are_cut():
+    model = vit.VisionTransformer(patch=2, width=12, depth=1, heads=2, stem=(6, 10))
+    body, _ = train.initial(model, (16, 24, 3), {"a": 3}, seed=0)
+    kernels = {name: body[name]["kernel"].shape for name in ("stem_a", "stem_b", "patches")}
+    assert kernels == {"stem_a": (12, 6), "stem_b": (24, 10), "patches": (40, 12)}
+    assert body["positions"].shape == (1, 2 * 3, 12)
+    images = jnp.zeros([2, 16, 24, 3]).at[1, 9, 3, 0].set(1.0)
+    features = model.apply({"params": body}, images)
+    assert features.shape == (2, 12)
+    assert np.abs(features[0] - features[1]).max() > 0
+
+
 def test_logits_are_features_times_head():
     model = vit.VisionTransformer(**MODEL)
     body, heads = train.initial(model, (8, 8, 1), {"a": 3}, seed=0)

@@ -1,5 +1,7 @@
 """A small vision transformer whose parameters are easy to merge: every kernel is [in, out]."""
 
+import string
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,18 +11,18 @@ def cut_patches(images: jax.Array, size: int) -> jax.Array:
     """Cuts images into square patches, row by row.
 
     Args:
-      images: [n, height, width, channels]; height and width are multiples of `size`.
-      size: Side of a patch in pixels.
+        images: [n, height, width, channels]; height and width are multiples of `size`.
+        size: Side of a patch in pixels.
 
     Returns:
-      [n, height/size * width/size, size * size * channels], same dtype.
+        [n, height/size * width/size, size * size * channels], same dtype.
 
     Raises:
-      ValueError: If a side is no multiple of `size`.
+        ValueError: If a side is no multiple of `size`.
 
     Example:
-      >>> cut_patches(jnp.zeros([5, 8, 8, 3]), 4).shape
-      (5, 4, 48)
+        >>> cut_patches(jnp.zeros([5, 8, 8, 3]), 4).shape
+        (5, 4, 48)
     """
     n, height, width, channels = images.shape
     if height % size or width % size:
@@ -76,19 +78,21 @@ class VisionTransformer(nn.Module):
     body followed by one `nn.Dense` head per task (see `mergejax.train.logits`).
 
     Args:
-      patch: Side of a patch in pixels.
-      width: Features per token.
-      depth: Number of blocks.
-      heads: Attention heads; divides `width`.
-      expansion: Hidden width of the perceptrons, as a multiple of `width`.
+        patch: Side of a patch in pixels.
+        width: Features per token.
+        depth: Number of blocks.
+        heads: Attention heads; divides `width`.
+        expansion: Hidden width of the perceptrons, as a multiple of `width`.
+        stem: Widths of layers that come before the patches, each of them over squares of 2x2, so
+            that k of them leave images of a 2^k-th of the side; none by default.
 
     Example:
-      >>> model = VisionTransformer(patch=4, width=16, depth=2, heads=2)
-      >>> params = model.init(jax.random.key(0), jnp.zeros([1, 8, 8, 1]))['params']
-      >>> sorted(params)
-      ['block_0', 'block_1', 'norm', 'patches', 'positions']
-      >>> model.apply({'params': params}, jnp.zeros([3, 8, 8, 1])).shape
-      (3, 16)
+        >>> model = VisionTransformer(patch=4, width=16, depth=2, heads=2)
+        >>> params = model.init(jax.random.key(0), jnp.zeros([1, 8, 8, 1]))['params']
+        >>> sorted(params)
+        ['block_0', 'block_1', 'norm', 'patches', 'positions']
+        >>> model.apply({'params': params}, jnp.zeros([3, 8, 8, 1])).shape
+        (3, 16)
 
     Source: Dosovitskiy et al. 2021, arXiv:2010.11929; the form follows Beyer et al. 2022,
     arXiv:2205.01580, with learned positions.
@@ -99,12 +103,17 @@ class VisionTransformer(nn.Module):
     depth: int
     heads: int
     expansion: int = 4
+    stem: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images [n, height, width, channels] to features [n, width]."""
-        centred = 2 * images - 1
-        tokens = nn.Dense(self.width, name="patches")(cut_patches(centred, self.patch))
+        images = 2 * images - 1
+        for letter, width in zip(string.ascii_lowercase, self.stem, strict=False):
+            n, height, breadth, _ = images.shape  # letters, because numbers stand for blocks
+            squares = nn.Dense(width, name=f"stem_{letter}")(cut_patches(images, 2))
+            images = nn.gelu(squares).reshape(n, height // 2, breadth // 2, width)
+        tokens = nn.Dense(self.width, name="patches")(cut_patches(images, self.patch))
         shape = (1, tokens.shape[1], self.width)
         positions = self.param("positions", nn.initializers.normal(0.02), shape, jnp.float32)
         tokens = tokens + positions

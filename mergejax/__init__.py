@@ -28,7 +28,6 @@ from mergejax.registry import register as register
 from mergejax.version import __version__ as __version__
 
 
-
 def __getattr__(name: str) -> Any:
     if name in METHODS:
         return METHODS[name].make

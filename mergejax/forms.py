@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from mergejax.chains import Placed
 from mergejax.core import Array, Leaf
-from mergejax.randomness import fold_key
 from mergejax.step import (
     Due,
     Seen,
@@ -87,15 +86,13 @@ def run_layers(
 ) -> Any:
     """A leaf that stacks layers along its first axis: every layer is a leaf of its own.
 
-    The stages' numbers, `local`, `depth` and `block` have the layers' axis in front.
+    The stages' numbers, `local`, `depth`, `block` and `key` have the layers' axis in front.
     """
-    count = leaf.depth.shape[0]
-    keys = jax.vmap(lambda layer: fold_key(leaf.key, layer))(jnp.arange(count, dtype=jnp.uint32))
     axes = mapped_fields(leaf, "base", "depth", "block", "key", "stats", "shared", "carried")
     out = jax.vmap(
         lambda p, one, several, own: run_leaf(p, one, several, names, seen, own, due, part),
         (0, axes, 0, 0),
-    )(placed, leaf.replace(key=keys), list(experts), local)
+    )(placed, leaf, list(experts), local)
     return out if due is None else jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), out)
 
 

@@ -28,13 +28,13 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def fold_key(key: jax.Array, *words: jax.Array) -> jax.Array:
-    """A new key from a key and any number of uint32 words."""
-    low, high = key[0], key[1]
+    """A new key from a key [..., 2] and any number of uint32 words."""
+    low, high = key[..., 0], key[..., 1]
     for word in words:
         word = jnp.asarray(word).astype(jnp.uint32)
         low = _mix(low ^ word)
         high = _mix(high + low + jnp.uint32(0x9E3779B9))
-    return jnp.stack([low, high])
+    return jnp.stack([low, high], axis=-1)
 
 
 def uniform(leaf: Leaf, shape: tuple[int, ...]) -> jax.Array:

@@ -71,10 +71,10 @@ def _program(
     placed: Sequence[Placed],
     leaf: Leaf,
     experts: Sequence[Array],
+    local: Mapping[str, Any],
     names: Array,
     seed: Array,
     seen: Seen,
-    local: Mapping[str, Any],
     *,
     runner: str,
     due: Due | None,
@@ -111,9 +111,16 @@ def _largest(x: Array) -> Array:
 
 
 class Arithmetic(NamedTuple):
-    """How an executor computes: the program of a leaf, and what sums are made of."""
+    """How an executor computes: the program of a leaf, and what sums are made of.
+
+    With `alike`, leaves of one kind and shape whose stages are all elementwise are stacked and run
+    as the layers of one leaf: inside a trace every leaf is compiled anew otherwise, and a sweep of
+    TIES compiles three times as long. (XLA's batched linear algebra on the CPU is slower than one
+    call a leaf, so other stages are left alone.)
+    """
 
     program: Callable[..., Any]
+    alike: bool
     total: Callable[[Array], Any]
     size: Callable[[Array, int], Any]
     narrow: Callable[[Any], Any]
@@ -133,12 +140,15 @@ def _narrow(x: Any) -> np.ndarray:
 
 LEAFWISE = Arithmetic(
     program=jax.jit(_program, static_argnames=("runner", "due", "count", "dtype", "part", "check")),
+    alike=False,
     total=_host_total,
     size=lambda counts, size: size if bool(counts) else 0,
     narrow=_narrow,
 )
+# The program stays jitted: inside a trace, leaves of one shape then share one piece of the jaxpr.
 TRACED = Arithmetic(
-    program=_program,
+    program=LEAFWISE.program,
+    alike=True,
     total=lambda x: x,
     size=lambda counts, size: jnp.where(counts, size, 0),
     narrow=jnp.asarray,
@@ -152,7 +162,7 @@ def _leaf(info: LeafInfo, values: Values, earlier: Any) -> Leaf:
         depth=np.asarray(depths_of(info) if layered else info.depth, np.float32),  # type: ignore
         block=np.asarray(np.arange(info.layers) if layered else info.block, np.int32),  # type: ignore
         expert=jnp.asarray(earlier, jnp.int32),
-        key=name_key(info.name),  # type: ignore[arg-type]
+        key=_key(info),  # type: ignore[arg-type]
         start=np.zeros(2, np.uint32),  # type: ignore[arg-type]
         stats={name: list(several) for name, several in values.stats.items()},
         shared=dict(values.shared),
@@ -162,12 +172,22 @@ def _leaf(info: LeafInfo, values: Values, earlier: Any) -> Leaf:
     )
 
 
+def _is_elementwise(placed: Sequence[Placed]) -> bool:
+    return all(p.role == "apply" and p.stage.elementwise for p in placed)
+
+
+def _key(info: LeafInfo) -> np.ndarray:
+    if info.layers is None:
+        return name_key(info.name)
+    return np.stack([name_key(info.name, str(layer)) for layer in range(info.layers)])
+
+
 def _runner(placed: Sequence[Placed], info: LeafInfo, values: Values, part: str) -> str:
     if info.layers is not None:
         return "layers"
     whole = [x for x in values.experts if isinstance(x, jax.Array) and not hyper.is_traced(x)]
     spread = any(len(x.sharding.device_set) > 1 for x in whole)
-    elementwise = all(p.role == "apply" and p.stage.elementwise for p in placed)
+    elementwise = _is_elementwise(placed)
     large = part == "all" and info.size > 2 * forms.BLOCK
     return "blocks" if elementwise and large and not spread else "leaf"
 
@@ -197,41 +217,42 @@ def execute(
     seed = jnp.asarray(settings.seed).astype(jnp.uint32)
     seen: dict[str, tuple[Any, ...]] = {}
     totals: dict[str, list[Any]] = {}
+    units = _units(plan, infos, arithmetic.alike and settings.count == "all")
     steps = sum(len(due) for due in plan.passes) + len(infos)
     done = 0
     for number, dues in enumerate([*plan.passes, None]):
         largest_of: dict[str, list[Array]] = {}
         sums: dict[Due, list[Any]] = {}
-        for info in infos:
-            if dues is not None and info.name not in dues:
+        for unit in units:
+            if dues is not None and unit[0].name not in dues:
                 continue
-            values = load(info.name)
-            due = None if dues is None else dues[info.name]
-            placed = plan.placed[info.name]
+            due = None if dues is None else dues[unit[0].name]
+            runner, *arguments = _arguments(plan, unit, load, settings, arithmetic)
             found, counts, largest = arithmetic.program(
-                _as_data(placed),
-                _leaf(info, values, settings.earlier),
-                list(values.experts),
+                *arguments,
                 names,
                 seed,
                 seen,
-                jax.tree.map(arithmetic.narrow, local_numbers(plan, info)),
-                runner=_runner(placed, info, values, settings.part),
+                runner=runner,
                 due=due,
                 count=settings.count,
-                dtype=np.dtype(settings.dtype or info.dtype),
+                dtype=np.dtype(settings.dtype or unit[0].dtype),
                 part=settings.part,
                 check=number == 0,
             )
-            largest_of[info.name] = largest
-            if due is None:
-                sink(info.name, found)
-            else:
-                size = info.size if settings.count == "all" else arithmetic.size(counts, info.size)
+            largest_of[unit[0].name] = largest
+            if due is not None:
+                whole = sum(info.size for info in unit)
+                size = whole if settings.count == "all" else arithmetic.size(counts, whole)
                 _add(sums, due, found, arithmetic, size)
-            done += 1
+            elif len(unit) == 1:
+                sink(unit[0].name, found)
+            else:
+                for i, info in enumerate(unit):
+                    sink(info.name, [x[i] for x in found])
+            done += len(unit)
             if settings.progress is not None:
-                settings.progress(done, steps, info.name)
+                settings.progress(done, steps, unit[-1].name)
         if (number == 0 or dues is None) and not hyper.is_traced(largest_of):
             _refuse_non_finite(largest_of, load, settings)
         for (path, _), (size, (measured, recalled)) in sums.items():
@@ -239,6 +260,36 @@ def execute(
             memory = settings.memory.get(path)
             solved = solve(plan, path, totals[path], size, recalled, memory)
             seen[path] = (*seen.get(path, ()), jax.tree.map(arithmetic.narrow, solved))
+
+
+def _units(plan: Plan, infos: Sequence[LeafInfo], alike: bool) -> list[list[LeafInfo]]:
+    """The leaves one by one, or those together that go through one program in one shape."""
+    units: dict[Any, list[LeafInfo]] = {}
+    for info in infos:
+        placed = plan.placed[info.name]
+        kind = (info.shape, str(info.dtype), info.role, info.layout, info.stats)
+        numbers = tuple(jnp.ndim(x) for x in jax.tree.leaves(_as_data(placed)))
+        together = alike and info.layers is None and _is_elementwise(placed)
+        same = (kind, numbers, jax.tree.structure(placed))
+        units.setdefault(same if together else info.name, []).append(info)
+    return list(units.values())
+
+
+def _arguments(
+    plan: Plan, unit: Sequence[LeafInfo], load: Load, settings: Settings, arithmetic: Arithmetic
+) -> tuple[Any, ...]:
+    """The form and the arguments of a program: stages, leaf, experts, the leaf's own numbers."""
+    gathered = []
+    for info in unit:
+        values = load(info.name)
+        local = jax.tree.map(arithmetic.narrow, local_numbers(plan, info))
+        leaf = _leaf(info, values, settings.earlier)
+        gathered.append((_as_data(plan.placed[info.name]), leaf, list(values.experts), local))
+    if len(unit) == 1:
+        return _runner(plan.placed[unit[0].name], unit[0], values, settings.part), *gathered[0]
+    placed, leaf, experts, local = jax.tree.map(lambda *xs: jnp.stack(xs), *gathered)
+    first = gathered[0][1]
+    return "layers", placed, leaf.replace(expert=first.expert, start=first.start), experts, local
 
 
 def _as_data(placed: Sequence[Placed]) -> list[Placed]:

@@ -92,7 +92,7 @@ def continual(
             for path, stage in plan.measured.items()
             if stage.build().rounds[-1].recall is not None
         }
-        return {"carried": carried, "memory": memory, "count": np.int32(0)}
+        return {"carried": carried, "memory": memory, "count": np.zeros((), np.int32)}
 
     def update(state: State, expert: Tree, name: str | None = None) -> State:
         number = int(state["count"])
@@ -113,7 +113,7 @@ def continual(
             path: _recall(plan, infos, path, state["memory"][path], base_leaves, arrays)
             for path in state["memory"]
         }
-        return {"carried": carried, "memory": memory, "count": np.int32(number + 1)}
+        return {"carried": carried, "memory": memory, "count": np.asarray(number + 1, np.int32)}
 
     def value(state: State) -> Tree:
         if not int(state["count"]):
@@ -170,7 +170,8 @@ def _recall(
             found = _recalled(plan.measured[path], base[info.name], expert[info.name])
             found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
             totals = found if totals is None else jax.tree.map(np.add, totals, found)
-    return remember(memory, current, jax.tree.map(lambda x: x[None], totals), 1)
+    memory = remember(memory, current, jax.tree.map(lambda x: x[None], totals), 1)
+    return jax.tree.map(np.asarray, memory)
 
 
 @jax.jit

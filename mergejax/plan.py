@@ -54,7 +54,12 @@ def make_plan(
         MergeError: stages in an impossible order, without a base that they need, with lists of
             the wrong length, with patterns that match no leaf, or without their statistics.
     """
-    problems: list[str] = []
+    absent = {need for need in method.needs if not any(need in info.stats for info in infos)}
+    problems = [
+        f"{method!r} needs the statistic '{need}', which no leaf has; pass "
+        f"stats={{'{need}': [...]}}, one tree per expert (see mj.collect)"
+        for need in sorted(absent)
+    ]
     placed: dict[str, list[Placed]] = {}
     names_of: dict[str, list[str]] = {}
     stages: dict[str, Stage] = {}
@@ -66,7 +71,7 @@ def make_plan(
         for p in expanded:
             stages[p.path] = p.stage
             names_of.setdefault(p.path, []).append(info.name)
-            missing = [need for need in p.stage.factory.needs if need not in info.stats]
+            missing = [n for n in p.stage.factory.needs if n not in (*info.stats, *absent)]
             problems += [
                 f"leaf '{info.name}' has no statistic '{need}', which {p.stage.factory.name} "
                 f"needs; pass it with stats={{'{need}': [...]}}, one tree per expert"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.flax
@@ -51,6 +52,10 @@ DEVIATIONS = (
         "and FusionBench take it as orthogonal",
     ),
 )
+HALF = (
+    "half precision is computed in float32 and rounded once, where peers round along the way: "
+    "compared to two units in the last place"
+)
 
 
 def pytest_generate_tests(metafunc):
@@ -95,6 +100,13 @@ def merged(translated, case, method=None, **options):
     return mj.merge(method, translated.base, translated.experts, **options)
 
 
+def last_place(case, name, dtype):
+    """Two units in the last place of the largest model, entry by entry."""
+    models = [*case.numbered("expert"), *([case.base] if "base" in case.tensors else [])]
+    largest = np.max([abs(np.asarray(model[name], np.float64)) for model in models], axis=0)
+    return 2 * float(jnp.finfo(dtype).eps) * largest
+
+
 def test_result_of_another_implementation(path, record_property):
     case, translated = translate(path)
     got = merged(translated, case)
@@ -108,14 +120,17 @@ def test_result_of_another_implementation(path, record_property):
             if case.method in deviation.methods and (left := deviation.where(case, name)).any():
                 record_property(LEFT_OUT, deviation.reason)
                 counted &= ~left
-        compared += counted.sum()
-        np.testing.assert_allclose(
-            np.asarray(got[name], np.float64)[counted],
-            np.asarray(expected, np.float64)[counted],
-            rtol=tolerance["rtol"],
-            atol=tolerance["atol"],
-            err_msg=name,
+        wide = np.asarray(expected, np.float64)
+        allowed = tolerance["atol"] + tolerance["rtol"] * abs(wide)
+        if expected.dtype in (jnp.bfloat16, jnp.float16):
+            record_property(LEFT_OUT, HALF)
+            allowed += last_place(case, name, expected.dtype)
+        off = (abs(np.asarray(got[name], np.float64) - wide) > allowed) & counted
+        assert not off.any(), (
+            f"{name}: {off.sum()} of {off.size} entries, got {np.asarray(got[name])[off][:5]}, "
+            f"expected {wide[off][:5]}"
         )
+        compared += counted.sum()
     assert compared > 0
 
 

@@ -32,6 +32,11 @@ def check(settings: ml_collections.ConfigDict) -> None:
     )
 
 
+def noted(settings: ml_collections.ConfigDict, needs: Sequence[str]) -> dict[str, int] | None:
+    """What a record keeps about the statistics that a merge needed; None if it needed none."""
+    return {"examples": settings.examples} if needs else None
+
+
 def check_known(needs: Sequence[str]) -> None:
     """Refuses statistics that have no collector here.
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mergejax import calibration, data, errors, train, trial, workdir
+from mergejax import calibration, data, errors, preflight, train, trial, workdir
 from mergejax.checkpoints import fingerprint, orbax
-from mergejax.data.task import Task
-from mergejax.eval import predict, report, tables
+from mergejax.eval import report, tables
 from mergejax.models import vit
+from mergejax.preflight import Job
 
 Tree = Any
 SAMPLES = 8  # test images of each task that are kept to try predictions with
@@ -49,40 +50,22 @@ def run(
     """
     workdir.check(folder)
     calibration.check(config.calibration)
-    planned, left_out = trial.plan(config)
+    planned, left_out = preflight.plan(config)
     fingerprint.check(config, folder)
     tasks = data.load(config, folder, book)
     fingerprint.check(config, folder, tasks)
-    trial.check(config, tasks, planned)
+    job = preflight.job(config, folder, tasks, book)
+    preflight.check(job, planned)
     book.keep(folder / LOG)
     fingerprint.write_json(folder / CONFIG, _shown(config, origin))
-    trained = train.train_all(config, tasks, folder, book)
-    for sentence in left_out:
-        book.log(sentence)
-    job = _job(config, folder, tasks, trained, book)
-    trial.marks(job)
-    trial.merges(job, planned)
-    return _finish(job)
-
-
-def _job(
-    config: ml_collections.ConfigDict,
-    folder: pathlib.Path,
-    tasks: dict[str, Task],
-    trained: train.Trained,
-    book: workdir.Logbook,
-) -> trial.Job:
-    classes = [len(task.labels) for task in tasks.values()]
-    return trial.Job(
-        config=config,
-        folder=folder,
-        tasks=tasks,
-        trained=trained,
-        head=predict.join_heads(trained.heads, list(tasks)),
-        validation=predict.bundle([task.validation for task in tasks.values()], classes),
-        test=predict.bundle([task.test for task in tasks.values()], classes),
-        reporter=book,
-    )
+    missing, notes = preflight.pending(job, planned)
+    with preflight.compiling(job, missing) as compiled:
+        trained = train.train_all(config, tasks, folder, book)
+        for sentence in (*left_out, *notes):
+            book.log(sentence)
+        trial.marks(job, trained)
+        trial.merges(job, trained, missing, compiled)
+    return _finish(job, trained)
 
 
 def _shown(config: ml_collections.ConfigDict, origin: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +81,7 @@ def _shown(config: ml_collections.ConfigDict, origin: Mapping[str, Any]) -> dict
     return json.loads(text)
 
 
-def _finish(job: trial.Job) -> dict[str, Any]:
+def _finish(job: Job, trained: train.Trained) -> dict[str, Any]:
     """Writes results, pictures, the best merge and the report."""
     known = {
         name: {"labels": task.labels, "validation": len(task.validation), "test": len(task.test)}
@@ -107,35 +90,32 @@ def _finish(job: trial.Job) -> dict[str, Any]:
     # Only the digits show one set of scans to all tasks; image sets are separate.
     shared = job.config.data.suite == "digits"
     results = report.summarise(workdir.read_records(job.folder), known, shared)
-    results["training"] = job.trained.log
-    _keep_best(job, results)
-    names = _pictures(job, results)
+    results["training"] = trained.log
+    _keep_best(job, trained, results)
+    names = _pictures(job, trained, results)
     results = json.loads(json.dumps(results))
     fingerprint.write_json(job.folder / RESULTS, results)
     workdir.write_text(job.folder / REPORT, _markdown(results, names))
     return results
 
 
-def _keep_best(job: trial.Job, results: Mapping[str, Any]) -> None:
+def _keep_best(job: Job, trained: train.Trained, results: Mapping[str, Any]) -> None:
     """Saves the best merge, unless it is there, and some images to predict on."""
     if results["verdict"] is None:
         return
     row = next(r for r in results["models"] if r["name"] == results["verdict"]["best"])
     if workdir.saved_best(job.folder) != row["chain"]:
-        settings = job.config.calibration.copy_and_resolve_references()
-        settings.update(row["calibration"] or {})
-        needs = trial.needs([row["chain"]])
-        stats = calibration.statistics(
-            needs, settings, job.tasks, job.trained, job.folder, job.reporter
-        )
-        workdir.save_best(job.folder, row["chain"], trial.merged(job, row["chain"], stats))
+        examples = (row["calibration"] or {}).get("examples")
+        stats = trial.statistics(job, trained, preflight.needs([row["chain"]]), examples)
+        workdir.save_best(job.folder, row["chain"], trial.merged(job, trained, row["chain"], stats))
         job.reporter.log(f"best merge: saved as {workdir.BEST}")
     content = io.BytesIO()
-    np.savez(content, **{name: task.test.images[:SAMPLES] for name, task in job.tasks.items()})
+    samples: dict[str, Any] = {n: task.test.images[:SAMPLES] for n, task in job.tasks.items()}
+    np.savez(content, **samples)
     workdir.write_bytes(job.folder / "samples.npz", content.getvalue())
 
 
-def _pictures(job: trial.Job, results: Mapping[str, Any]) -> dict[str, str]:
+def _pictures(job: Job, trained: train.Trained, results: Mapping[str, Any]) -> dict[str, str]:
     """Draws the pictures; returns their captions by file name."""
     from mergejax.eval import plots  # Matplotlib takes a second to import
 
@@ -143,8 +123,8 @@ def _pictures(job: trial.Job, results: Mapping[str, Any]) -> dict[str, str]:
         leaves = jax.tree.map(lambda a, b: np.ravel(np.asarray(a) - np.asarray(b)), expert, base)
         return np.concatenate(jax.tree.leaves(leaves))
 
-    base = job.trained.base
-    cosines, signs = plots.similarity([delta(expert) for expert in job.experts])
+    base = trained.base
+    cosines, signs = plots.similarity([delta(expert) for expert in trained.experts.values()])
     drawn = {
         "accuracy.png": ("Accuracy per task and model", plots.accuracies(results)),
         "means.png": ("Mean accuracy with 95 % intervals", plots.means(results)),
@@ -221,7 +201,7 @@ class Best:
             raise errors.MergeError(
                 f"images have shape {shape}, expected (n, {', '.join(map(str, wanted))})"
             )
-        found = train.logits(self.model, self.params, self.heads[task], np.asarray(images))
+        found = train.logits(self.model, self.params, self.heads[task], jnp.asarray(images))
         return [self.labels[task][i] for i in np.asarray(found).argmax(axis=1)]
 
 

@@ -30,6 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the job that the flags describe."""
     # Imported here, so that a mistyped flag is answered at once.
     import jax
+    import scipy.linalg  # noqa: F401, so that the library below is loaded
+    import threadpoolctl
 
     from mergejax import experiment, progress, workdir
     from mergejax.eval import tables
@@ -37,11 +39,13 @@ def main(arguments: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # absl would show every step of every checkpoint
     if len(arguments) > 1:
         raise errors.MergeError(f"'{arguments[1]}' is no flag; flags start with --")
-    folder = pathlib.Path(WORKDIR.value)
+    folder = pathlib.Path(WORKDIR.value or "")
     workdir.check(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # Threads of LAPACK's own get into the way of XLA's: small decompositions take 15 times as long.
+    threadpoolctl.threadpool_limits(limits=1, user_api="blas")
     book = workdir.Logbook(progress.Printer())
     flag = flags.FLAGS["config"]
     origin = {

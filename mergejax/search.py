@@ -2,7 +2,7 @@
 
 A chain is a pytree whose leaves are its numbers. The chains of a grid that differ in numbers only
 have one structure; their numbers are stacked and the settings run in a `jax.lax.map` under one
-compilation. Settings that differ in words or switches have other structures and need a program each.
+compilation. Settings that differ in words or switches have other structures: a program for each.
 """
 
 import itertools
@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES: dict[str, Recipe] = {
-    "linear": Recipe("linear(weights={emphasis})", {EMPHASIS: (0.5, 1.5, 2.0, 3.0)}),
+    "linear": Recipe("linear(weights={emphasis})", {EMPHASIS: (0.5, 2.0, 4.0)}),
     "task_arithmetic": Recipe(
         "task_arithmetic(scaling={scaling})",
         {"scaling": (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)},
@@ -50,27 +50,38 @@ RECIPES: dict[str, Recipe] = {
     ),
     "lines": Recipe(
         "ties(density={density})|lines(alpha={alpha}, beta={beta})",
-        {"density": (0.3, 1.0), "alpha": (0.2, 0.5, 0.8), "beta": (0.2, 0.5, 0.8, 1.1)},
+        {"density": (0.3, 1.0), "alpha": (0.3, 0.6, 1.0), "beta": (0.2, 0.5, 0.9, 1.3)},
     ),
     "lines_multi_task": Recipe(
         "task_arithmetic(scaling=1.0)|lines_multi_task(beta={beta})",
-        {"beta": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)},
+        {"beta": (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5)},
     ),
     "slerp": Recipe("slerp(t={t})", {"t": (0.3, 0.4, 0.5, 0.6, 0.7)}),
     "fisher": Recipe("fisher(floor={floor})", {"floor": (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)}),
     "regmean": Recipe("regmean(shrink={shrink})", {"shrink": (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0)}),
-    "opcm": Recipe("opcm(alpha={alpha})", {"alpha": (0.1, 0.3, 0.5, 0.7)}),
+    "opcm": Recipe("opcm(alpha={alpha})", {"alpha": (0.3, 0.5, 0.7)}),
 }
 
 
-def grids() -> dict[str, dict[str, tuple[Any, ...]]]:
+def grids(limit: int | None = None) -> dict[str, dict[str, tuple[Any, ...]]]:
     """The values to try, by method and parameter; a config's `search` starts from a copy.
 
+    Args:
+        limit: how many values of each parameter to keep at most, evenly spread; None for all.
+
     Example:
-        >>> grids()["opcm"]
-        {'alpha': (0.1, 0.3, 0.5, 0.7)}
+        >>> grids()["opcm"], grids(limit=2)["opcm"]
+        ({'alpha': (0.3, 0.5, 0.7)}, {'alpha': (0.3, 0.7)})
     """
-    return {name: dict(recipe.grid) for name, recipe in RECIPES.items()}
+
+    def thinned(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        places = np.linspace(0, len(values) - 1, min(limit or len(values), len(values)))
+        return tuple(values[i] for i in places.round().astype(int))
+
+    return {
+        name: {parameter: thinned(values) for parameter, values in recipe.grid.items()}
+        for name, recipe in RECIPES.items()
+    }
 
 
 def known() -> list[str]:
@@ -139,6 +150,22 @@ def _emphasised(values: Sequence[float], experts: int) -> tuple[list[float], ...
     )
 
 
+class Program(NamedTuple):
+    """The compiled search of all chains that differ in numbers only.
+
+    Attributes:
+        members: positions of the chains.
+        numbers: the chains' numbers, one array [members] for each.
+        call: (numbers, base, experts, stats, data) -> what `measure` returned, [members, ...].
+        seconds: to trace and compile it.
+    """
+
+    members: list[int]
+    numbers: list[jax.Array]
+    call: Callable[..., jax.Array]
+    seconds: float
+
+
 class Search(NamedTuple):
     """What a search found.
 
@@ -155,7 +182,7 @@ class Search(NamedTuple):
     seconds: float
 
 
-def search(
+def prepare(
     chains: Sequence[str],
     base: Tree,
     experts: Sequence[Tree],
@@ -165,39 +192,26 @@ def search(
     names: Sequence[str],
     seed: int,
     stats: Mapping[str, Sequence[Tree]] | None = None,
-    advance: Callable[[int], object] = lambda n: None,
-) -> Search:
-    """Merges and measures many settings, one compiled program for all that differ in numbers only.
+) -> list[Program]:
+    """Compiles the merges and measurements of many settings; shapes alone are enough for it.
 
     Args:
         chains: in the string language.
-        base: the base's parameters.
+        base: the base's parameters; here and below arrays or `jax.ShapeDtypeStruct`.
         experts: trees like the base.
         measure: (merged parameters, data) -> array; traced.
         data: pytree of arrays that `measure` needs.
         names: of the experts.
         seed: of random masks; the same as in the final merge gives the same masks.
         stats: statistics that the chains need.
-        advance: told the number of settings after each program.
 
     Returns:
-        A `Search` with a row for each chain, in their order.
-
-    Example:
-        >>> base, expert = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
-        >>> chains = [f"task_arithmetic(scaling={scaling})" for scaling in (0.5, 1.0, 2.0)]
-        >>> found = search(chains, base, [expert], lambda merged, data: merged["w"].sum() + data,
-        ...                jnp.float32(1), names=["one"], seed=0)
-        >>> found.measured.tolist(), found.programs
-        ([2.0, 3.0, 5.0], 1)
+        A program for all chains that differ in numbers only.
     """
-    rows: dict[int, np.ndarray] = {}
-    compiling = running = 0.0
-    groups = _groups(chains)
-    for structure, members in groups.items():
-        numbers = [
-            jnp.asarray(column, jnp.float32) for column in zip(*members.values(), strict=True)
-        ]
+    programs = []
+    for structure, members in _groups(chains).items():
+        columns = zip(*members.values(), strict=True)
+        numbers = [jnp.asarray(column, jnp.float32) for column in columns]
 
         def run(numbers, base, experts, stats, data, structure=structure):
             def one(values):
@@ -207,19 +221,56 @@ def search(
 
             return jax.lax.map(one, numbers) if numbers else one([])[None]
 
-        arguments = (numbers, base, list(experts), dict(stats or {}), data)
         started = time.perf_counter()
-        program = jax.jit(run).lower(*arguments).compile()
-        compiled = time.perf_counter()
-        found = np.asarray(program(*arguments))
-        compiling, running = (
-            compiling + compiled - started,
-            running + time.perf_counter() - compiled,
-        )
-        rows |= dict(zip(members, found, strict=True))
-        advance(len(members))
-    measured = np.stack([rows[i] for i in range(len(chains))])
-    return Search(measured, len(groups), compiling, running)
+        arguments = (numbers, base, list(experts), dict(stats or {}), data)
+        call = jax.jit(run).lower(*arguments).compile()
+        seconds = time.perf_counter() - started
+        programs.append(Program(list(members), numbers, call, seconds))
+    return programs
+
+
+def search(
+    programs: Sequence[Program],
+    base: Tree,
+    experts: Sequence[Tree],
+    data: Any,
+    *,
+    stats: Mapping[str, Sequence[Tree]] | None = None,
+    advance: Callable[[int], object] = lambda n: None,
+) -> Search:
+    """Merges and measures many settings.
+
+    Args:
+        programs: what `prepare` returned for trees and data of these shapes.
+        base: the base's parameters.
+        experts: trees like the base.
+        data: as for `prepare`.
+        stats: as for `prepare`.
+        advance: told the number of settings after each program.
+
+    Returns:
+        A `Search` with a row for each chain, in their order.
+
+    Example:
+        >>> base, expert = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
+        >>> chains = [f"task_arithmetic(scaling={scaling})" for scaling in (0.5, 1.0, 2.0)]
+        >>> measure = lambda merged, data: merged["w"].sum() + data
+        >>> programs = prepare(chains, base, [expert], measure, jnp.float32(1), names=["a"], seed=0)
+        >>> search(programs, base, [expert], jnp.float32(1)).measured.tolist()
+        [2.0, 3.0, 5.0]
+    """
+    rows: dict[int, np.ndarray] = {}
+    started = time.perf_counter()
+    for program in programs:
+        found = program.call(program.numbers, base, list(experts), dict(stats or {}), data)
+        rows |= dict(zip(program.members, np.asarray(found), strict=True))
+        advance(len(program.members))
+    return Search(
+        measured=np.stack([rows[i] for i in range(len(rows))]),
+        programs=len(programs),
+        compile_seconds=sum(program.seconds for program in programs),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _groups(chains: Sequence[str]) -> dict[Any, dict[int, list[float]]]:

@@ -9,6 +9,13 @@ from mergejax import search
 NAMES = ["a", "b", "c"]
 
 
+def searched(chains, base, experts, measure, data, stats=None, advance=lambda n: None):
+    programs = search.prepare(
+        chains, base, experts, measure, data, names=NAMES, seed=5, stats=stats
+    )
+    return search.search(programs, base, experts, data, stats=stats, advance=advance)
+
+
 def trees(seed=0, count=3):
     generator = np.random.default_rng(seed)
 
@@ -52,9 +59,7 @@ def test_search_traces_once_for_all_numbers_and_reports_progress():
         return merged["block_0"]["bias"]
 
     chains = [f"task_arithmetic(scaling={s})" for s in np.linspace(0, 1, 40)]
-    found = search.search(
-        chains, base, experts, measure, None, names=NAMES, seed=0, advance=steps.append
-    )
+    found = searched(chains, base, experts, measure, None, advance=steps.append)
     assert len(traced) == 1
     assert steps == [40]
     assert found.measured.shape == (40, 5)
@@ -65,9 +70,7 @@ def test_search_passes_statistics():
     base, experts = trees()
     stats = {"fisher": [jax.tree.map(np.square, tree) for tree in experts]}
     chain = "fisher(floor=0.01)"
-    found = search.search(
-        [chain], base, experts, weights, jnp.float32(0), names=NAMES, seed=0, stats=stats
-    )
+    found = searched([chain], base, experts, weights, jnp.float32(0), stats=stats)
     alone = mj.merge(chain, base, experts, names=NAMES, stats=stats)
     np.testing.assert_allclose(found.measured[0], weights(alone, jnp.float32(0)), rtol=1e-5)
 

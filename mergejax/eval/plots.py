@@ -150,13 +150,13 @@ def deltas(names: Sequence[str], cosines: np.ndarray, signs: np.ndarray) -> figu
         signs: the same shape.
     """
     side = 1.6 + 0.72 * len(names)
-    canvas = figure.Figure(figsize=(2 * side, side), dpi=150, layout="constrained")
+    canvas = figure.Figure(figsize=(2 * side, 0.87 * side), dpi=150, layout="constrained")
     apart = ~np.eye(len(names), dtype=bool)
     largest = max(0.05, float(np.abs(cosines[apart]).max(initial=0.0)))
     spread = max(0.05, float(np.abs(signs[apart] - 0.5).max(initial=0.0)))
     panels = (
         ("cosine of the deltas", cosines, -largest, largest, ".2f", 1),
-        ("signs that agree, %", 100 * signs, 50 - 100 * spread, 50 + 100 * spread, ".0f", 100),
+        ("signs that agree, %", 100 * signs, 50 - 100 * spread, 50 + 100 * spread, ".1f", 100),
     )
     for axes, (title, table, low, high, form, itself) in zip(
         canvas.subplots(1, 2), panels, strict=True

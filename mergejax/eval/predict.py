@@ -92,7 +92,7 @@ def scores(model: nn.Module, body: Tree, head: Tree, images: Bundle) -> jax.Arra
     """
     n = images.images.shape[0]
     chunks = [
-        train.logits(model, body, head, images.images[start : start + CHUNK])
+        train.logits(model, body, head, jnp.asarray(images.images[start : start + CHUNK]))
         for start in range(0, n, CHUNK)
     ]
     own = images.tasks[:, None] == images.owners[None, :]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from mergejax import registry
+from mergejax.core import Stage
 from mergejax.eval import metrics
 
 Record = Mapping[str, Any]
@@ -49,13 +50,12 @@ def summarise(
         and `sweep` (the search of 'ties', or None); accuracies are shares of 1.
     """
     right = {name: _right(record, tasks) for name, record in records.items()}
-    experts = {
-        record["task"]: name for name, record in records.items() if record["kind"] == "expert"
-    }
+    of_task = {r["task"]: name for name, r in records.items() if r["kind"] == "expert"}
+    experts = {task: of_task[task] for task in tasks}
     own = [right[experts[task]][i] for i, task in enumerate(tasks)]
     rows = [_row(record, right[name], own, tasks, shared) for name, record in records.items()]
     rows.append(_row({"name": OWN, "kind": "own"}, own, own, tasks, shared))
-    rows.sort(key=lambda row: (ORDER.index(row["kind"]), -(row["validation"] or 0.0), row["name"]))
+    rows.sort(key=lambda row: _place(row, list(experts.values())))
     return {
         "tasks": dict(tasks),
         "scans_shared_by_tasks": shared,
@@ -63,6 +63,14 @@ def summarise(
         "verdict": _verdict([row for row in rows if row["kind"] == "merge"], right, shared),
         "sweep": _sweep(records.get("ties")),
     }
+
+
+def _place(row: Mapping[str, Any], experts: Sequence[str]) -> tuple[Any, ...]:
+    """Where a row stands: experts in the order of their tasks, merges by validation accuracy."""
+    kind = ORDER.index(row["kind"])
+    if row["kind"] == "expert":
+        return kind, experts.index(row["name"])
+    return kind, -row["validation"] if row["kind"] == "merge" else 0.0, row["name"]
 
 
 def _right(record: Record, tasks: Mapping[str, Any]) -> list[np.ndarray]:
@@ -77,7 +85,7 @@ def _row(
     shared: bool,
 ) -> dict[str, Any]:
     each = [metrics.wilson(int(x.sum()), len(x)) for x in right]
-    kept = ("name", "kind", "chain", "given", "seconds", "calibration", "search")
+    kept = ("name", "kind", "chain", "given", "seconds", "calibration")
     row = {key: record.get(key) for key in kept}
     row["settings"] = len(record["settings"]) if "settings" in record else None
     validation = record.get("validation")
@@ -159,10 +167,14 @@ def interval(estimate: Mapping[str, float]) -> str:
 
 
 def _sweep(record: Record | None) -> dict[str, Any] | None:
-    """The grid of a search over density and scaling: mean validation accuracies [density, scaling]."""
+    """The grid of the search of TIES: mean validation accuracies [density, scaling]."""
     if record is None or not record.get("search"):
         return None
-    points = [registry.parse(chain).items[0].arguments for chain in record["settings"]]
+    points: list[dict[str, Any]] = []
+    for chain in record["settings"]:
+        (stage,) = registry.parse(chain).items
+        assert isinstance(stage, Stage)
+        points.append(stage.arguments)
     densities = sorted({point["density"] for point in points})
     scalings = sorted({point["scaling"] for point in points})
     means = np.mean(record["search"]["validation"], axis=1)

@@ -82,7 +82,7 @@ def show(results: Mapping[str, Any], stream: TextIO) -> None:
         stream: where to print.
     """
     terminal = stream.isatty()
-    writer = console.Console(file=stream, **({} if terminal else {"width": WIDE}), highlight=False)
+    writer = console.Console(file=stream, width=None if terminal else WIDE, highlight=False)
     chains = not terminal or writer.width >= TERMINAL
     header, rows = cells(results, chains)
     shown = table.Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)

@@ -1,0 +1,234 @@
+"""What a run is going to do, found out before anything is trained: methods, shapes, programs.
+
+Shapes are known before values are. So impossible methods are refused at once, and the programs of
+the search are compiled in the background while the models are trained.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+import jax
+import ml_collections
+from flax import traverse_util
+
+from mergejax import api, calibration, errors, registry, search, train, workdir
+from mergejax.data.task import Task
+from mergejax.eval import predict
+from mergejax.models import vit
+from mergejax.progress import Reporter
+
+Tree = Any
+Record = dict[str, Any]
+Plan = dict[str, list[str]]
+Compiled = Mapping[str, futures.Future[list[search.Program]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every step of a run needs, and is known before training.
+
+    Attributes:
+        config: the whole config.
+        folder: the workdir.
+        tasks: by name; the experts have the same names and order.
+        model: the module of every body.
+        base: shapes and dtypes of a body's parameters.
+        head: of all tasks' heads side by side.
+        stats: of each statistic of one expert, by its name.
+        validation: the validation images of all tasks; values are chosen on them.
+        test: the test images of all tasks; nothing is chosen on them.
+        reporter: told what is going on.
+    """
+
+    config: ml_collections.ConfigDict
+    folder: pathlib.Path
+    tasks: dict[str, Task]
+    model: vit.VisionTransformer
+    base: Tree
+    head: Tree
+    stats: dict[str, Tree]
+    validation: predict.Bundle
+    test: predict.Bundle
+    reporter: Reporter
+
+
+def plan(config: ml_collections.ConfigDict) -> tuple[Plan, list[str]]:
+    """The methods of a config with the chains to try for each, and what is left out and why.
+
+    Args:
+        config: `methods` (none stands for every one that applies), `search` and `data.tasks`.
+
+    Returns:
+        By method its chains; a sentence for every method that does not apply.
+
+    Raises:
+        MergeError: unknown methods and parameters, values out of range.
+    """
+    experts = len(config.data.tasks)
+    names, left_out = search.applicable(experts)
+    chosen, notes = (list(config.methods), []) if config.methods else (names, left_out)
+    found: Plan = {}
+    problems = []
+    for name in chosen:
+        try:
+            found[name] = search.settings(name, config.search, experts)
+        except errors.MergeError as error:
+            problems.append(str(error))
+    errors.raise_all(problems)
+    return found, notes
+
+
+def job(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    tasks: dict[str, Task],
+    reporter: Reporter,
+) -> Job:
+    """Puts together what is known before training.
+
+    Raises:
+        MergeError: a model that cannot be built.
+    """
+    image = next(iter(tasks.values())).train.images.shape[1:]
+    classes = {name: len(task.labels) for name, task in tasks.items()}
+    try:
+        model = vit.VisionTransformer(**config.model)
+        base, heads = jax.eval_shape(lambda: train.initial(model, image, classes, config.seed))
+    except (TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise errors.MergeError(f"config.model cannot be built: {reason}") from error
+
+    grams = {
+        path: jax.ShapeDtypeStruct(2 * leaf.shape[:1], leaf.dtype)
+        for path, leaf in traverse_util.flatten_dict(base).items()
+        if path[-1] == "kernel"
+    }
+
+    def joined(part: str) -> predict.Bundle:
+        splits = [getattr(task, part) for task in tasks.values()]
+        return predict.bundle(splits, list(classes.values()))
+
+    return Job(
+        config=config,
+        folder=folder,
+        tasks=tasks,
+        model=model,
+        base=base,
+        head=jax.eval_shape(lambda heads: predict.join_heads(heads, list(tasks)), heads),
+        stats={"fisher": base, "gram": traverse_util.unflatten_dict(grams)},
+        validation=joined("validation"),
+        test=joined("test"),
+        reporter=reporter,
+    )
+
+
+def needs(chains: Sequence[str]) -> list[str]:
+    """The statistics that chains read, each once."""
+    found = (need for chain in chains for need in registry.parse(chain).needs)
+    return list(dict.fromkeys(found))
+
+
+def check(run: Job, planned: Plan) -> None:
+    """Tries on shapes alone the methods whose chains a user composed.
+
+    Raises:
+        MergeError: a chain that cannot merge these experts.
+    """
+    problems = []
+    fine = set(search.applicable(len(run.tasks))[0]) & set(search.RECIPES)
+    for name in planned.keys() - fine:
+        chain = planned[name][0]
+        try:
+            calibration.check_known(needs([chain]))
+            stats = {need: len(run.tasks) * [run.stats[need]] for need in needs([chain])}
+            merged = jax.eval_shape(
+                lambda base, experts, stats, chain=chain: api.merge(
+                    chain, base, experts, names=list(run.tasks), stats=stats
+                ),
+                *(run.base, len(run.tasks) * [run.base], stats),
+            )
+        except errors.MergeError as error:
+            problems.append(str(error))
+            continue
+        if isinstance(merged, list):
+            problems.append(
+                f"'{chain}' leaves one model per expert; end it with a reduction such as mean(), "
+                "total() or a named method"
+            )
+    errors.raise_all(problems)
+
+
+def pending(run: Job, planned: Plan) -> tuple[Plan, list[str]]:
+    """What of a plan the workdir does not hold yet, and sentences about what it holds."""
+    known = workdir.read_records(run.folder)
+    missing: Plan = {}
+    reused, notes = [], []
+    for name, chains in planned.items():
+        former = _former(run, known, name, chains)
+        if former is not None:
+            reused.append(name if former == name else f"{name} (there as {former})")
+            continue
+        missing[name] = chains
+        if name in known:
+            notes.append(f"{name}: there from other settings, made again")
+    if reused:
+        notes.append(f"merges: reused {len(reused)}: {', '.join(reused)}")
+    return missing, notes
+
+
+def _former(run: Job, known: Mapping[str, Record], name: str, chains: list[str]) -> str | None:
+    """The name of the record that holds a method already, or None."""
+    calibrated = calibration.noted(run.config.calibration, needs(chains[:1]))
+    if name in known:
+        same = (known[name]["settings"], known[name]["calibration"]) == (chains, calibrated)
+        return name if same else None
+    if len(chains) > 1:
+        return None
+    wanted = repr(registry.parse(chains[0]))
+    for other, record in known.items():
+        there = record["kind"] == "merge" and record["calibration"] == calibrated
+        if there and repr(registry.parse(record["chain"])) == wanted:
+            return other
+    return None
+
+
+@contextlib.contextmanager
+def compiling(run: Job, missing: Plan) -> Iterator[Compiled]:
+    """Compiles the programs of the search in the background while the block runs.
+
+    Args:
+        run: what is known before training.
+        missing: by method its chains.
+
+    Yields:
+        By method the programs to come; methods with one chain have none.
+    """
+    bodies = len(run.tasks) * [run.base]
+
+    def measure(body: Tree, data: Any) -> jax.Array:
+        return predict.is_right(run.model, body, *data)
+
+    def programs(chains: list[str]) -> list[search.Program]:
+        stats = {need: len(run.tasks) * [run.stats[need]] for need in needs(chains[:1])}
+        return search.prepare(
+            chains,
+            run.base,
+            bodies,
+            measure,
+            (run.head, run.validation),
+            names=list(run.tasks),
+            seed=run.config.seed,
+            stats=stats,
+        )
+
+    pool = futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
+    try:
+        several = {name: chains for name, chains in missing.items() if len(chains) > 1}
+        yield {name: pool.submit(programs, chains) for name, chains in several.items()}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -177,19 +177,30 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
 
 def launch() -> None:
     """Runs the program; turns what goes wrong into a sentence and an exit status."""
-    debug = "--debug" in sys.argv
     try:
         app.run(main, flags_parser=parse_flags)
-    except errors.MergeError as error:
-        status, message = 2, str(error)
-    except KeyboardInterrupt:
-        status, message = 1, "interrupted; the same command continues"
-    except Exception as error:
-        status, message = 1, f"the run failed ({type(error).__name__}: {first_line(error)})"
-    if debug:
-        traceback.print_exc()
-    print(message, file=sys.stderr)
-    sys.exit(status)
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        status, sentence = explain(error)
+        print(sentence, file=sys.stderr)
+        sys.exit(status)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit status and the sentence for what went wrong.
+
+    Example:
+        >>> explain(errors.MergeError("there is no expert to merge; pass at least one"))
+        (2, 'there is no expert to merge; pass at least one')
+        >>> explain(OSError("disk full"))
+        (1, 'the run failed (OSError: disk full); --debug shows where')
+    """
+    if isinstance(error, errors.MergeError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 1, "interrupted; the same command continues"
+    return 1, f"the run failed ({type(error).__name__}: {first_line(error)}); --debug shows where"
 
 
 if __name__ == "__main__":

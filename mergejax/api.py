@@ -13,16 +13,18 @@ from mergejax.core import Array
 from mergejax.door import (
     Tree,
     check_alike,
+    check_statistics,
     leaves_by_name,
     merged_buffer,
     shared_by_leaf,
     statistics_by_leaf,
+    unknown_statistics,
 )
 from mergejax.errors import MergeError, did_you_mean, raise_all
-from mergejax.leaves import BUFFER, HEAD, LeafInfo, describe, is_counter
+from mergejax.leaves import BUFFER, HEAD, LeafInfo, describe, is_counter, is_floating
 from mergejax.methods.combine import mean
 from mergejax.plan import make_plan
-from mergejax.registry import as_chain
+from mergejax.registry import as_chain, known_statistics
 from mergejax.run import LEAFWISE, TRACED, Progress, Settings, Sink, Values, execute
 
 COUNTS = ("all", "changed")
@@ -172,8 +174,12 @@ def stream(
     """
     method = as_chain(method)
     names = _names(names, experts)
+    given = [*(stats or {}), *(shared or {})]
     raise_all(
-        [f"count: '{count}' is unknown, {did_you_mean(count, COUNTS)}"] * (count not in COUNTS)
+        [
+            *unknown_statistics(given, [*method.needs, *known_statistics()]),
+            *_option_problems(seed, dtype, count),
+        ]
     )
     reference = experts[0] if base is None else base
     check_alike(reference, experts, [f"expert '{name}'" for name in names])
@@ -185,6 +191,9 @@ def stream(
     known = statistics_by_leaf(stats or {}, shapes, len(experts))
     common = shared_by_leaf(shared or {}, shapes)
     infos, copied = _split(described, known, common)
+    models = [list(model.values()) for model in (base or {}, *experts)]
+    traced = hyper.is_traced((method, seed, stats, shared, models))
+    check_statistics(infos, known, values=not traced)
 
     def load(name: str) -> Values:
         return Values(
@@ -207,7 +216,7 @@ def stream(
         [list(model.values()) for model in (base or {}, *experts)],
     )
     settings = Settings(names, seed, count, dtype, progress)
-    execute(plan, infos, load, sink, settings, TRACED if hyper.is_traced(given) else LEAFWISE)
+    execute(plan, infos, load, sink, settings, TRACED if traced else LEAFWISE)
 
 
 def _read(array: Any) -> Any:
@@ -227,10 +236,28 @@ def _names(names: Sequence[str] | None, experts: Sequence[Any]) -> list[str]:
         problems.append("there is no expert to merge; pass at least one")
     if len(named) != len(experts):
         problems.append(f"there are {len(named)} names for {len(experts)} experts; name each once")
-    if len(set(named)) < len(named):
+    if not all(isinstance(name, str) for name in named):
+        problems.append(f"names must be texts, not {named}; write them in quotes")
+    elif len(set(named)) < len(named):
         problems.append(f"two experts have one name in {named}; name each once")
     raise_all(problems)
     return named
+
+
+def _option_problems(seed: Any, dtype: Any, count: str) -> list[str]:
+    problems = []
+    if count not in COUNTS:
+        problems.append(f"count: '{count}' is unknown, {did_you_mean(count, COUNTS)}")
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not isinstance(seed, jax.Array) and not (whole and 0 <= seed < 2**32):
+        problems.append(f"seed must be an integer in [0, 2^32), not {seed!r}")
+    try:
+        floating = dtype is None or is_floating(np.dtype(dtype))
+    except TypeError:
+        floating = False
+    if not floating:
+        problems.append(f"dtype must be a floating-point type such as 'bfloat16', not {dtype!r}")
+    return problems
 
 
 def _split(

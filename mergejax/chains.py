@@ -113,6 +113,8 @@ def chain(*items: Node) -> Chain:
         >>> mj.chain(mj.drop(0.8), mj.ties(density=0.3))
         drop(rate=0.8)|ties(density=0.3)
     """
+    if not items:
+        raise MergeError("chain() is empty; give at least one stage, such as ties()")
     for item in items:
         if not isinstance(item, Node):
             raise MergeError(
@@ -122,32 +124,31 @@ def chain(*items: Node) -> Chain:
     return Chain(flat)
 
 
-def by_stats(need: str, known: Node, otherwise: Node) -> Branch:
+def by_stats(*, otherwise: Node, **known: Node) -> Branch:
     """One chain for the leaves that have a statistic, another for those that have none.
 
     Args:
-        need: name of the statistic, for instance 'gram'.
-        known: the chain for leaves with this statistic.
-        otherwise: the chain for all other leaves.
+        otherwise: the chain for leaves with none of the statistics.
+        **known: chains by the statistic that a leaf must have; the first one counts.
 
     Returns:
         A node to put into a chain.
 
     Example:
         >>> import mergejax as mj
-        >>> mj.by_stats('gram', mj.gram_solve(), otherwise=mj.mean())
+        >>> mj.by_stats(gram=mj.gram_solve(), otherwise=mj.mean())
         by_stats(gram=gram_solve(), otherwise=mean())
     """
-    choose = _HasStatistic(need)
-    return Branch("by_stats", choose, {need: chain(known), "otherwise": chain(otherwise)})
+    branches = {name: chain(node) for name, node in {**known, "otherwise": otherwise}.items()}
+    return Branch("by_stats", _HasStatistic(tuple(known)), branches)
 
 
 @dataclasses.dataclass(frozen=True)
 class _HasStatistic:
-    need: str
+    needs: tuple[str, ...]
 
     def __call__(self, info: Any) -> str:
-        return self.need if self.need in info.stats else "otherwise"
+        return next((need for need in self.needs if need in info.stats), "otherwise")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What comes in and goes out: trees become leaves by name, are checked, and become trees again."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax.errors import MergeError, did_you_mean, raise_all, some
-from mergejax.leaves import name_of
+from mergejax.leaves import LeafInfo, name_of
 
 Tree = Any
 
@@ -141,3 +142,58 @@ def shared_by_leaf(
             found.setdefault(name, {})[need] = array
     raise_all(problems)
     return found
+
+
+def check_statistics(
+    infos: Sequence[LeafInfo], known: Mapping[str, Mapping[str, Any]], values: bool
+) -> None:
+    """Refuses statistics whose shape does not fit their leaf, and negative Fisher information.
+
+    Args:
+        infos: the leaves that are merged.
+        known: by leaf name and statistic, one array per expert.
+        values: whether values can be looked at; they cannot inside a trace.
+
+    Raises:
+        MergeError: with every leaf whose statistic does not fit.
+    """
+    problems = []
+    for info in infos:
+        for need, several in known.get(info.name, {}).items():
+            wanted = _shape_of(need, info)
+            shapes = {tuple(x.shape) for x in several} - {wanted}
+            if wanted is not None and shapes:
+                problems.append(
+                    f"statistic '{need}' of leaf '{info.name}' has shape {shapes.pop()}, expected "
+                    f"{wanted}; collect it again with this model"
+                )
+            elif values and need == "fisher" and _any_negative(several):
+                problems.append(
+                    f"statistic 'fisher' of leaf '{info.name}' has negative values, but it is a "
+                    "mean of squares; collect it again"
+                )
+    raise_all(problems)
+
+
+def _shape_of(need: str, info: LeafInfo) -> tuple[int, ...] | None:
+    """The shape of a statistic that the library knows, else None."""
+    if need in ("fisher", "mask"):
+        return info.shape
+    if need == "gram" and info.layout:
+        axes = info.shape if info.layers is None else info.shape[1:]
+        size = math.prod(n for n, axis in zip(axes, info.layout, strict=True) if axis in "ihwl")
+        return (*info.shape[: len(info.shape) - len(axes)], size, size)
+    return None
+
+
+def _any_negative(several: Sequence[Any]) -> bool:
+    return any(x.size and bool(jnp.min(x) < 0) for x in several)
+
+
+def unknown_statistics(given: Sequence[str], known: Sequence[str]) -> list[str]:
+    """One sentence for every name that no method knows."""
+    return [
+        f"no method reads a statistic called '{need}', {did_you_mean(need, known)}"
+        for need in given
+        if need not in known
+    ]

@@ -210,7 +210,8 @@ def bind(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise MergeError(f"{label}(): {error}; its signature is {label}{signature}") from None
+        usage = f"{label}({', '.join(signature.parameters)})"
+        raise MergeError(f"{usage} is called wrongly: {error}") from None
     bound.apply_defaults()
     hints = typing.get_type_hints(function, include_extras=True)
     for name, value in bound.arguments.items():

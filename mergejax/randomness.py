@@ -27,6 +27,7 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+@jax.jit  # traced once, not for every stage, expert and leaf
 def fold_key(key: jax.Array, *words: jax.Array) -> jax.Array:
     """A new key from a key [..., 2] and any number of uint32 words."""
     low, high = key[..., 0], key[..., 1]

@@ -11,7 +11,7 @@ from typing import Any
 
 from mergejax import chains, hyper
 from mergejax.chains import Chain, chain
-from mergejax.errors import MergeError, did_you_mean
+from mergejax.errors import MergeError, did_you_mean, some
 from mergejax.methods import combine, elect, sparsify
 from mergejax.methods.average import average, linear
 from mergejax.methods.dare import dare
@@ -147,8 +147,11 @@ def _read(node: ast.expr, text: str) -> Any:
         case ast.Name():
             return _word(node.id)()
         case ast.Call(func=ast.Name(id=name)):
-            if any(keyword.arg is None for keyword in node.keywords):
+            given = [keyword.arg for keyword in node.keywords]
+            if None in given:
                 raise MergeError(f"'{text}': '**' is not part of the language; name the parameters")
+            if twice := sorted({k for k in given if k and given.count(k) > 1}):
+                raise MergeError(f"{name}() is given {some(twice)} twice; keep one")
             arguments = [_read_value(argument, text) for argument in node.args]
             named = {k.arg: _read_value(k.value, text) for k in node.keywords if k.arg}
             return _call(_word(name), arguments, named)
@@ -159,8 +162,14 @@ def _read(node: ast.expr, text: str) -> Any:
 
 
 def _read_value(node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.Call | ast.BinOp) and not _is_number(node):
-        return _read(node, text)
+    match node:
+        case ast.Call() | ast.BinOp(op=ast.BitOr()):
+            return _read(node, text)
+        case ast.List() | ast.Tuple():
+            return [_read_value(item, text) for item in node.elts]
+        case ast.Dict() if None not in node.keys:
+            keys = [_read_value(key, text) for key in node.keys if key is not None]
+            return dict(zip(keys, [_read_value(v, text) for v in node.values], strict=True))
     try:
         return ast.literal_eval(node)
     except ValueError:
@@ -168,10 +177,6 @@ def _read_value(node: ast.expr, text: str) -> Any:
             f"'{ast.unparse(node)}' in '{text}' is not a value; numbers, quoted strings, lists, "
             "by_name({...}) and by_depth([...]) are"
         ) from None
-
-
-def _is_number(node: ast.expr) -> bool:
-    return isinstance(node, ast.BinOp) and not isinstance(node.op, ast.BitOr)
 
 
 def _word(name: str) -> Callable[..., Any]:
@@ -197,4 +202,17 @@ def as_chain(method: Any) -> Chain:
     raise MergeError(
         f"a method is a chain such as mj.ties(density=0.2) or a text such as 'ties()', "
         f"not {method!r}"
+    )
+
+
+def known_statistics() -> list[str]:
+    """The statistics that any method or piece reads.
+
+    Example:
+        >>> known_statistics()
+        ['fisher', 'gram', 'mask']
+    """
+    makers = [*PIECES.values(), *(entry.make for entry in METHODS.values())]
+    return sorted(
+        {need for make in makers for stage in chains.walk(make()) for need in stage.factory.needs}
     )

@@ -17,7 +17,7 @@ import numpy as np
 from mergejax import forms, hyper
 from mergejax.chains import Placed
 from mergejax.core import Array, Leaf
-from mergejax.errors import raise_all
+from mergejax.errors import MergeError, raise_all
 from mergejax.leaves import LeafInfo
 from mergejax.plan import Plan, depths_of, local_numbers, solve, with_arrays
 from mergejax.randomness import fold_key, name_key
@@ -93,7 +93,7 @@ def _program(
     else:
         run = forms.run_layers if runner == "layers" else forms.run_leaf
         found = run(placed, leaf, experts, names, seen, local, due, part)
-    inputs = [*experts, *([] if leaf.base is None else [leaf.base])] if check else []
+    inputs = jax.tree.leaves((experts, leaf.base, leaf.stats)) if check else []
     counts = jnp.bool_(True)
     if due is not None:
         if count == "changed" and leaf.base is not None:
@@ -107,7 +107,7 @@ def _program(
 
 def _largest(x: Array) -> Array:
     """The largest magnitude; not finite if any value is not. Ten times faster than counting."""
-    return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
+    return jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0)
 
 
 class Arithmetic(NamedTuple):
@@ -188,7 +188,8 @@ def _runner(placed: Sequence[Placed], info: LeafInfo, values: Values, part: str)
     whole = [x for x in values.experts if isinstance(x, jax.Array) and not hyper.is_traced(x)]
     spread = any(len(x.sharding.device_set) > 1 for x in whole)
     elementwise = _is_elementwise(placed)
-    large = part == "all" and info.size > 2 * forms.BLOCK
+    # Places in a leaf are int32 inside the loop over its blocks.
+    large = part == "all" and 2 * forms.BLOCK < info.size < 2**31
     return "blocks" if elementwise and large and not spread else "leaf"
 
 
@@ -220,6 +221,11 @@ def execute(
     units = _units(plan, infos, arithmetic.alike and settings.count == "all")
     steps = sum(len(due) for due in plan.passes) + len(infos)
     done = 0
+    if plan.passes and arithmetic is TRACED and sum(info.size for info in infos) >= 2**31:
+        raise MergeError(
+            "inside a trace a method that measures the whole model counts in 32 bits, and these "
+            "leaves have 2^31 elements or more; call merge outside jit, vmap and grad"
+        )
     for number, dues in enumerate([*plan.passes, None]):
         largest_of: dict[str, list[Array]] = {}
         sums: dict[Due, list[Any]] = {}
@@ -228,18 +234,21 @@ def execute(
                 continue
             due = None if dues is None else dues[unit[0].name]
             runner, *arguments = _arguments(plan, unit, load, settings, arithmetic)
-            found, counts, largest = arithmetic.program(
-                *arguments,
-                names,
-                seed,
-                seen,
-                runner=runner,
-                due=due,
-                count=settings.count,
-                dtype=np.dtype(settings.dtype or unit[0].dtype),
-                part=settings.part,
-                check=number == 0,
-            )
+            try:
+                found, counts, largest = arithmetic.program(
+                    *arguments,
+                    names,
+                    seed,
+                    seen,
+                    runner=runner,
+                    due=due,
+                    count=settings.count,
+                    dtype=jax.dtypes.canonicalize_dtype(settings.dtype or unit[0].dtype),
+                    part=settings.part,
+                    check=number == 0,
+                )
+            except MergeError as error:
+                raise MergeError(f"leaf '{unit[0].name}': {error}") from None
             largest_of[unit[0].name] = largest
             if due is not None:
                 whole = sum(info.size for info in unit)
@@ -313,17 +322,23 @@ def _refuse_non_finite(
             continue
         values = load(name)
         owners = [f"expert '{expert}'" for expert in settings.names]
-        inputs = [*zip(owners, values.experts, strict=False), ("the base", values.base)]
-        bad = [(owner, int((~jnp.isfinite(x)).sum())) for owner, x in inputs if x is not None]
+        sources = [
+            (f"leaf '{name}' of {o}", x) for o, x in zip(owners, values.experts, strict=False)
+        ]
+        if values.base is not None:
+            sources.append((f"leaf '{name}' of the base", values.base))
+        for need, several in values.stats.items():
+            of_leaf = f"statistic '{need}' of leaf '{name}' of"
+            sources += [(f"{of_leaf} {o}", x) for o, x in zip(owners, several, strict=True)]
+        bad = [(source, int((~jnp.isfinite(x)).sum())) for source, x in sources]
         problems += [
-            f"leaf '{name}' of {owner} has {n} non-finite values (NaN or Inf); repair that model "
-            "or leave it out"
-            for owner, n in bad
+            f"{source} has {n} non-finite values (NaN or Inf); repair it or leave it out"
+            for source, n in bad
             if n
         ]
         if not any(n for _, n in bad):
             problems.append(
                 f"leaf '{name}' has non-finite values after merging although all inputs are "
-                "finite; a smaller scaling or a wider dtype avoids the overflow"
+                "finite; check for weights that sum to zero, or for a scaling that overflows"
             )
     raise_all(problems)

@@ -58,7 +58,7 @@ CASES = {
         lambda: mj.average(weights=1),
         [("average()", "'weights'", "no parameters")],
     ),
-    "too many arguments": (lambda: mj.slerp(0.5, 0.5), [("slerp()", "too many")]),
+    "too many arguments": (lambda: mj.slerp(0.5, 0.5), [("slerp(t)", "too many")]),
     "unknown choice": (
         lambda: mj.ties(scope="modle"),
         [("scope", "'modle'", "did you mean 'model'")],
@@ -257,53 +257,42 @@ CASES = {
         fisher(*({"block_0/kernl": np.ones((2, 3), np.float32), **A} for _ in range(2))),
         [("'block_0/kernl'", "did you mean 'block_0/kernel'")],
     ),
-}
-# What is not refused as it should be yet, with what happens instead.
-OPEN = {
     "misspelled statistic": (
         merge("regmean()", None, stats={"gramm": [A, B]}),
         [("'gramm'", "did you mean 'gram'")],
-        "a sentence that does not name it",
     ),
     "Fisher information of another shape": (
         fisher(*(with_leaf(A, "block_1", "kernel", np.ones((3, 2), np.float32)) for _ in range(2))),
         [("'block_1/kernel'", "'fisher'", "(3, 2)", "(2, 3)")],
-        "a TypeError of JAX",
     ),
     "a Gram matrix of another shape": (
         gram(*({"block_1/kernel": np.eye(3, dtype=np.float32)} for _ in range(2))),
         [("'block_1/kernel'", "'gram'", "(3, 3)")],
-        "a ValueError of JAX that names no leaf",
     ),
     "NaN in the Fisher information": (
         fisher(A, model(np.nan)),
         [("'fisher'", "non-finite")] * 3,
-        "a plain average, silently",
     ),
     "negative Fisher information": (
         fisher(A, model(-1.0)),
         [("'fisher'", "negative")] * 3,
-        "a plain average, silently",
     ),
     "a parameter twice": (
         lambda: mj.parse("ties(density=0.1, density=0.2)"),
         [("'density'", "twice")],
-        "the last one is taken",
     ),
-    "seed above 32 bits": (merge(seed=2**32), [("seed",)], "an OverflowError"),
-    "seed a fraction": (merge(seed=1.5), [("seed",)], "rounded, silently"),
-    "unknown type": (merge(dtype="flot32"), [("dtype", "'flot32'")], "a TypeError"),
-    "an integer type": (merge(dtype="int32"), [("dtype", "int32")], "rounded, silently"),
-    "names that are no texts": (merge(names=[1, 2]), [("names",)], "a TypeError"),
+    "seed above 32 bits": (merge(seed=2**32), [("seed",)]),
+    "seed a fraction": (merge(seed=1.5), [("seed",)]),
+    "unknown type": (merge(dtype="flot32"), [("dtype", "'flot32'")]),
+    "an integer type": (merge(dtype="int32"), [("dtype", "int32")]),
+    "names that are no texts": (merge(names=[1, 2]), [("names",)]),
     "weights that sum to zero in a rule": (
         merge("mean(weights=[1, -1])", None),
-        [("weights", "zero")],
-        "a sentence that blames an overflow",
+        [("non-finite", "weights that sum to zero")] * 3,
     ),
     "an axis meaning that is unknown": (
         merge("opcm()", roles={"bias": "kernel"}),
         [("'block_0/bias'", "layout")],
-        "a sentence that names no leaf",
     ),
 }
 
@@ -323,18 +312,6 @@ def refused(call, sentences):
 
 @pytest.mark.parametrize(("call", "sentences"), CASES.values(), ids=CASES)
 def test_is_refused_in_words(call, sentences):
-    refused(call, sentences)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    ("call", "sentences"),
-    [
-        pytest.param(call, sentences, id=name, marks=pytest.mark.xfail(reason=reason, strict=True))
-        for name, (call, sentences, reason) in OPEN.items()
-    ],
-)
-def test_is_to_be_refused_in_words(call, sentences):
     refused(call, sentences)
 
 

@@ -123,7 +123,7 @@ def _fusion_dare(case):
         raise Untranslatable("there is not one mask per expert, and the draws are random")
     masks = [{name: mask[name] for name in mask if np.ndim(mask[name]) == 2} for mask in masks]
     drop = mj.drop_given(rate=rate, rescale="inverse" if rescale else "none")
-    method = mj.chain(mj.by_stats("mask", drop, otherwise=mj.scale(1.0)), host.method)
+    method = mj.chain(mj.by_stats(mask=drop, otherwise=mj.scale(1.0)), host.method)
     return dataclasses.replace(host, method=method, stats={"mask": masks})
 
 

@@ -165,7 +165,7 @@ def test_opcm_at_alpha_one_protects_only_directions_that_exist():
 def test_a_mask_per_leaf_may_be_missing():
     base, (expert,) = trees.models(1)
     given = {"out/kernel": np.zeros((5, 7), np.uint8)}
-    method = mj.chain(mj.by_stats("mask", mj.drop_given(0.0), otherwise=mj.scale(1.0)), mj.total())
+    method = mj.chain(mj.by_stats(mask=mj.drop_given(0.0), otherwise=mj.scale(1.0)), mj.total())
     got = mj.merge(method, base, [expert], stats={"mask": [given]})
     np.testing.assert_array_equal(got["out"]["kernel"], base["out"]["kernel"])
     np.testing.assert_array_equal(got["block_1"]["gate"], expert["block_1"]["gate"])

@@ -78,4 +78,4 @@ def regmean(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
     Dataless knowledge fusion by merging weights of language models (Jin et al., 2023,
     arXiv:2212.09849), with the mean Gram matrix per row, as all public codes have it.
     """
-    return chain(by_stats("gram", gram_solve(shrink, weights), otherwise=mean()))
+    return chain(by_stats(gram=gram_solve(shrink, weights), otherwise=mean()))

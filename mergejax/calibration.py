@@ -101,16 +101,20 @@ def _batches(task: Task, settings: ml_collections.ConfigDict) -> list[Any]:
 
 
 def _fisher(trained: train.Trained, name: str, batches: Sequence[Any], advance: Any) -> Tree:
-    def logits(body: Tree, images: Any) -> Any:
-        return train.logits(trained.model, body, trained.heads[name], images)
+    # The head is passed with the body, not closed over, so that tasks with as many classes share
+    # a compilation; its own information is not needed.
+    def logits(params: Tree, images: Any) -> Any:
+        return train.logits(trained.model, params["body"], params["head"], images)
 
-    return collect.fisher(
+    params = {"body": trained.experts[name], "head": trained.heads[name]}
+    found = collect.fisher(
         logits,
-        trained.experts[name],
+        params,
         batches,
         microbatch=MICROBATCH,
         progress=lambda done, total, what: advance(1),
     )
+    return found["body"]
 
 
 def _gram(trained: train.Trained, name: str, batches: Sequence[Any], advance: Any) -> Tree:

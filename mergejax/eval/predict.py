@@ -91,12 +91,12 @@ def scores(model: nn.Module, body: Tree, head: Tree, images: Bundle) -> jax.Arra
         float32 [n, all classes], minus infinity for the classes of other tasks.
     """
     n = images.images.shape[0]
-    chunks = [
-        train.logits(model, body, head, jnp.asarray(images.images[start : start + CHUNK]))
-        for start in range(0, n, CHUNK)
-    ]
+    size = min(n, CHUNK)
+    padded = jnp.pad(images.images, [(0, -n % size)] + [(0, 0)] * 3)
+    chunks = padded.reshape(-1, size, *padded.shape[1:])
+    logits = jax.lax.map(lambda chunk: train.logits(model, body, head, chunk), chunks)
     own = images.tasks[:, None] == images.owners[None, :]
-    return jnp.where(own, jnp.concatenate(chunks), -jnp.inf)
+    return jnp.where(own, logits.reshape(-1, logits.shape[-1])[:n], -jnp.inf)
 
 
 def is_right(model: nn.Module, body: Tree, head: Tree, images: Bundle) -> jax.Array:

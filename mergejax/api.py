@@ -174,10 +174,10 @@ def stream(
     """
     method = as_chain(method)
     names = _names(names, experts)
-    given = [*(stats or {}), *(shared or {})]
+    statistics = [*(stats or {}), *(shared or {})]
     raise_all(
         [
-            *unknown_statistics(given, [*method.needs, *known_statistics()]),
+            *unknown_statistics(statistics, [*method.needs, *known_statistics()]),
             *_option_problems(seed, dtype, count),
         ]
     )
@@ -208,13 +208,6 @@ def stream(
         values = [_read(reference[info.name]), *(_read(expert[info.name]) for expert in experts)]
         keep = info.role == HEAD or is_counter(info.name)
         sink(info.name, [merged_buffer(info.name, values, keep)])
-    given = (
-        method,
-        seed,
-        stats,
-        shared,
-        [list(model.values()) for model in (base or {}, *experts)],
-    )
     settings = Settings(names, seed, count, dtype, progress)
     execute(plan, infos, load, sink, settings, TRACED if traced else LEAFWISE)
 

@@ -52,7 +52,11 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
         "finetune": {"steps": 150, "learning_rate": 4e-4, "batch": 128},
         "multi_task": {"steps": 500, "learning_rate": 6e-4, "batch": 128},
     }
-    config.calibration = {"examples": 128, "batch": 64}  # per task, for collected statistics
+    config.calibration = {
+        "examples": 128,
+        "batch": 64,
+        "estimator": "exact",
+    }  # per task, of statistics
     config.search = search.grids()  # values to try on validation, by method and parameter
     if args.runlocal:
         config.training.pretrain.steps = 200

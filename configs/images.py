@@ -43,10 +43,16 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
         "finetune": {"steps": 500, "learning_rate": 4e-4, "batch": 64, "shift": 2},
         "multi_task": {"steps": 2500, "learning_rate": 6e-4, "batch": 64, "shift": 2},
     }
-    config.calibration = {"examples": 256, "batch": 64}  # per task, for collected statistics
-    config.search = search.grids()  # values to try on validation, by method and parameter
+    config.calibration = {
+        "examples": 256,
+        "batch": 64,
+        "estimator": "sampled",
+    }  # per task, of statistics
+    config.search = search.grids(limit=4)  # values to try on validation, by method and parameter
     if args.runlocal:
         config.training.pretrain.steps = 200
         config.training.finetune.steps = 50
         config.training.multi_task.steps = 200
+        config.calibration.examples = 64
+        config.search = search.grids(limit=2)
     return config.lock()

@@ -1,13 +1,15 @@
 """Statistics of every expert on images of its own task, collected once and kept in the workdir."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+import jax
 import ml_collections
+import numpy as np
 from flax import traverse_util
 
-from mergejax import collect, errors, train
+from mergejax import collect, errors, fit, train
 from mergejax.checkpoints import orbax
 from mergejax.data.task import Task
 from mergejax.progress import Reporter
@@ -15,26 +17,47 @@ from mergejax.progress import Reporter
 Tree = Any
 FOLDER = "statistics"
 MICROBATCH = 32  # examples whose gradients are held at once
+ESTIMATORS = ("exact", "sampled")
+Advance = Callable[[int, int, str], None]
+
+
+class Source(NamedTuple):
+    """What a statistic of one expert is collected from.
+
+    Attributes:
+        trained: all models.
+        name: the expert's, and its task's.
+        batches: float32 [batch, height, width, channels] each.
+        estimator: of the Fisher information.
+    """
+
+    trained: train.Trained
+    name: str
+    batches: list[np.ndarray]
+    estimator: Literal["exact", "sampled"]
 
 
 def check(settings: ml_collections.ConfigDict) -> None:
-    """Refuses calibration settings that are no positive numbers.
+    """Refuses calibration settings that are no positive numbers, and unknown estimators.
 
     Raises:
         MergeError: names each of them.
     """
-    errors.raise_all(
-        [
-            f"config.calibration.{name} must be at least 1, not {settings[name]}"
-            for name in ("examples", "batch")
-            if settings[name] < 1
-        ]
-    )
+    problems = [
+        f"config.calibration.{name} must be at least 1, not {settings[name]}"
+        for name in ("examples", "batch")
+        if settings[name] < 1
+    ]
+    if settings.estimator not in ESTIMATORS:
+        hint = errors.did_you_mean(settings.estimator, ESTIMATORS)
+        problems.append(f"config.calibration.estimator: '{settings.estimator}' is unknown, {hint}")
+    errors.raise_all(problems)
 
 
-def noted(settings: ml_collections.ConfigDict, needs: Sequence[str]) -> dict[str, int] | None:
+def noted(settings: ml_collections.ConfigDict, needs: Sequence[str]) -> dict[str, Any] | None:
     """What a record keeps about the statistics that a merge needed; None if it needed none."""
-    return {"examples": settings.examples} if needs else None
+    estimator = {"estimator": settings.estimator} if "fisher" in needs else {}
+    return {"examples": settings.examples, **estimator} if needs else None
 
 
 def check_known(needs: Sequence[str]) -> None:
@@ -64,8 +87,9 @@ def statistics(
     """Collects what is missing in the workdir and restores the rest.
 
     Args:
-        needs: 'fisher' (exact, diagonal) or 'gram' (inputs of every kernel of the body).
-        settings: `examples`, the number of training images of each expert's own task, and `batch`.
+        needs: 'fisher' (diagonal) or 'gram' (inputs of every kernel of the body).
+        settings: `examples`, the number of training images of each expert's own task, their number
+            in a `batch`, and the `estimator` of the Fisher information, 'exact' or 'sampled'.
         tasks: by name.
         trained: the experts and their heads.
         workdir: where statistics are kept, by name, number of examples and task.
@@ -80,14 +104,16 @@ def statistics(
     check_known(needs)
     found: dict[str, list[Tree]] = {}
     for need in needs:
-        folder = workdir / FOLDER / f"{need}_{settings.examples}"
+        words = [need, *(noted(settings, [need]) or {}).values()]
+        folder = workdir / FOLDER / "_".join(map(str, words))
         missing = [name for name in tasks if not orbax.is_saved(folder / name)]
         if missing:
             batches = {name: _batches(tasks[name], settings) for name in missing}
             total = sum(len(several) for several in batches.values())
             with reporter.progress(f"collect {need}", total) as advance:
                 for name in missing:
-                    tree = COLLECTORS[need](trained, name, batches[name], advance)
+                    source = Source(trained, name, batches[name], settings.estimator)
+                    tree = COLLECTORS[need](source, lambda done, total, what: advance(1))
                     orbax.save(folder / name, tree)
         else:
             reporter.log(f"{need}: reused, collected before on {settings.examples} images a task")
@@ -100,30 +126,30 @@ def _batches(task: Task, settings: ml_collections.ConfigDict) -> list[Any]:
     return [images[i : i + settings.batch] for i in range(0, len(images), settings.batch)]
 
 
-def _fisher(trained: train.Trained, name: str, batches: Sequence[Any], advance: Any) -> Tree:
-    # The head is passed with the body, not closed over, so that tasks with as many classes share
-    # a compilation; its own information is not needed.
+def _fisher(source: Source, advance: Advance) -> Tree:
+    # The head is passed with the body, not closed over, and padded to the largest one: so all tasks
+    # share a compilation. A class that is never predicted adds nothing to the information.
     def logits(params: Tree, images: Any) -> Any:
-        return train.logits(trained.model, params["body"], params["head"], images)
+        return train.logits(source.trained.model, params["body"], params["head"], images)
 
-    params = {"body": trained.experts[name], "head": trained.heads[name]}
+    heads = source.trained.heads
+    classes = max(len(head["bias"]) for head in heads.values())
+    padded = jax.tree.map(lambda leaf: leaf[0], fit.stack_heads([heads[source.name]], classes))
     found = collect.fisher(
         logits,
-        params,
-        batches,
+        {"body": source.trained.experts[source.name], "head": padded},
+        source.batches,
+        estimator=source.estimator,
+        key=jax.random.key(0),
         microbatch=MICROBATCH,
-        progress=lambda done, total, what: advance(1),
+        progress=advance,
     )
     return found["body"]
 
 
-def _gram(trained: train.Trained, name: str, batches: Sequence[Any], advance: Any) -> Tree:
-    grams = collect.gram(
-        trained.model,
-        trained.experts[name],
-        batches,
-        progress=lambda done, total, what: advance(1),
-    )
+def _gram(source: Source, advance: Advance) -> Tree:
+    trained, name = source.trained, source.name
+    grams = collect.gram(trained.model, trained.experts[name], source.batches, progress=advance)
     return traverse_util.unflatten_dict(grams, sep="/")
 
 

@@ -105,8 +105,8 @@ def _keep_best(job: Job, trained: train.Trained, results: Mapping[str, Any]) -> 
         return
     row = next(r for r in results["models"] if r["name"] == results["verdict"]["best"])
     if workdir.saved_best(job.folder) != row["chain"]:
-        examples = (row["calibration"] or {}).get("examples")
-        stats = trial.statistics(job, trained, preflight.needs([row["chain"]]), examples)
+        needed = preflight.needs([row["chain"]])
+        stats = trial.statistics(job, trained, needed, row["calibration"])
         workdir.save_best(job.folder, row["chain"], trial.merged(job, trained, row["chain"], stats))
         job.reporter.log(f"best merge: saved as {workdir.BEST}")
     content = io.BytesIO()
@@ -226,11 +226,12 @@ def load(folder: str | pathlib.Path) -> Best:
     chain, results = workdir.saved_best(folder), fingerprint.read_json(folder / RESULTS)
     if not chain or not results:
         raise errors.MergeError(f"{folder} holds no finished run; run mergejax.main first")
-    config = fingerprint.read_json(folder / CONFIG)["config"]
+    model = fingerprint.read_json(folder / CONFIG)["config"]["model"]
+    model = {name: tuple(v) if isinstance(v, list) else v for name, v in model.items()}
     with np.load(folder / "samples.npz") as samples:
         return Best(
             chain=chain,
-            model=vit.VisionTransformer(**config["model"]),
+            model=vit.VisionTransformer(**model),
             params=orbax.restore(folder / workdir.BEST),
             heads=orbax.restore(folder / fingerprint.FOLDER / "heads"),
             labels={name: list(task["labels"]) for name, task in results["tasks"].items()},

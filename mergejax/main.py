@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     from mergejax import experiment, progress, workdir
     from mergejax.eval import tables
 
-    logging.set_verbosity(logging.WARNING)  # absl would show every step of every checkpoint
+    logging.set_verbosity(logging.ERROR)  # other libraries tell every step of a checkpoint
     if len(arguments) > 1:
         raise errors.MergeError(f"'{arguments[1]}' is no flag; flags start with --")
     folder = pathlib.Path(WORKDIR.value or "")

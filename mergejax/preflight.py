@@ -6,6 +6,7 @@ the search are compiled in the background while the models are trained.
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,7 +105,7 @@ def job(
         raise errors.MergeError(f"config.model cannot be built: {reason}") from error
 
     grams = {
-        path: jax.ShapeDtypeStruct(2 * leaf.shape[:1], leaf.dtype)
+        path: jax.ShapeDtypeStruct(2 * (math.prod(leaf.shape[:-1]),), leaf.dtype)
         for path, leaf in traverse_util.flatten_dict(base).items()
         if path[-1] == "kernel"
     }

@@ -73,11 +73,11 @@ def merges(job: Job, trained: train.Trained, missing: Plan, compiled: Compiled) 
 
 
 def statistics(
-    job: Job, trained: train.Trained, wanted: Sequence[str], examples: int | None = None
+    job: Job, trained: train.Trained, wanted: Sequence[str], noted: Record | None = None
 ) -> dict[str, list[Tree]]:
-    """Statistics of all experts by name, collected or reused."""
+    """Statistics of all experts by name, collected or reused; if noted, as they were then."""
     settings = job.config.calibration.copy_and_resolve_references()
-    settings.examples = settings.examples if examples is None else examples
+    settings.update(noted or {})
     return calibration.statistics(wanted, settings, job.tasks, trained, job.folder, job.reporter)
 
 

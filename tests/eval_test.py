@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -216,6 +217,40 @@ def test_the_plain_table_is_aligned_and_whole(records):
     average = next(line for line in lines if line.startswith("average"))
     assert average.index("average()") == row.index("dare(rate")
     assert "chosen on validation images (50 a task), never on test" in lines[-1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [
+        (52, "chain, settings, seconds, normalised, x, y."),
+        (66, "chain, settings, seconds, normalised."),
+        (100, "chain."),
+        (120, ""),
+    ],
+)
+def test_a_terminal_shows_what_fits_and_says_what_does_not(records, width, left_out, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = Terminal()
+    tables.show(report.summarise(records, TASKS, shared=True), stream)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+    assert max(map(len, text.splitlines())) <= width
+    assert "60.0 [54.8, 65.2]" in text
+    assert "\u2026" not in text
+    (found,) = re.findall(r"left out here: ([^.]*\.)", text) or [""]
+    assert found.replace("\n", " ") == left_out
+    assert ("dare: dare(rate=0.5)" in text) == bool(left_out)
+
+
+def test_brackets_of_chains_are_no_markup(records):
+    records["ties"]["chain"] = "task_arithmetic(scaling=by_name({'a[bold]': [1.0, 2.0]}))"
+    stream = io.StringIO()
+    tables.show(report.summarise(records, TASKS, shared=True), stream)
+    assert records["ties"]["chain"] in stream.getvalue()
 
 
 def test_markdown_keeps_chains_with_bars(records):

@@ -30,7 +30,6 @@ SMALL = (
     "--config.search.ties.density=(0.3, 1.0)",
     "--config.search.ties.scaling=(0.5, 1.0)",
 )
-STORY = pytest.mark.xdist_group("story")  # its runs are made once, by one worker
 METHODS = "--config.methods=('average', 'task_arithmetic', 'ties')"
 
 
@@ -65,10 +64,8 @@ def read(path):
     return json.loads(path.read_text())
 
 
-@pytest.fixture(scope="module")
-def story(tmp_path_factory):
+def runs(workdir):
     """One workdir: killed in training, killed in merging, finished, run again, extended."""
-    workdir = tmp_path_factory.mktemp("runs") / "digits"
     kill_at("train experts/mirror", workdir, *SMALL, METHODS)
     after_first = files(workdir)
     kill_at("average:", workdir, *SMALL, METHODS)
@@ -94,8 +91,7 @@ def story(tmp_path_factory):
     }
 
 
-@STORY
-def test_a_killed_run_leaves_no_half_written_file(story):
+def check_a_killed_run_leaves_no_half_written_file(story):
     first, second = story["kills"]
     for path in (*first, *second):
         if path.suffix == ".json" and path.exists() and "orbax" not in str(path):
@@ -104,8 +100,7 @@ def test_a_killed_run_leaves_no_half_written_file(story):
     assert not names & {"results.json", "results.md", "accuracy.png"}
 
 
-@STORY
-def test_an_interrupted_run_continues(story):
+def check_an_interrupted_run_continues(story):
     finished = story["finished"]
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
@@ -116,14 +111,13 @@ def test_an_interrupted_run_continues(story):
     assert "ties: 4 settings in one program" in finished.stdout
 
 
-@STORY
-def test_results_hold_every_model_on_every_task(story):
+def check_results_hold_every_model_on_every_task(story):
     results = story["results"]
     kinds = {row["name"]: row["kind"] for row in results["models"]}
     assert kinds == {
         "base": "base",
         **{f"expert_{name}": "expert" for name in TASKS},
-        "experts, each on its own task": "own",
+        "experts on their own tasks": "own",
         "average": "merge",
         "task_arithmetic": "merge",
         "ties": "merge",
@@ -137,7 +131,7 @@ def test_results_hold_every_model_on_every_task(story):
         assert row["mean"]["low"] < row["mean"]["value"] < row["mean"]["high"]
         for found in row["accuracy"].values():
             assert 0 <= found["low"] < found["value"] < found["high"] <= 1
-    own = rows["experts, each on its own task"]
+    own = rows["experts on their own tasks"]
     for name in TASKS:
         accuracy = rows[f"expert_{name}"]["accuracy"][name]
         assert own["accuracy"][name] == accuracy
@@ -150,8 +144,7 @@ def test_results_hold_every_model_on_every_task(story):
     assert 0 < rows["ties"]["seconds"] < 60
 
 
-@STORY
-def test_the_best_merge_is_what_its_chain_says_and_predicts_what_the_table_says(story):
+def check_the_best_merge_is_what_its_chain_says_and_predicts_what_the_table_says(story):
     # The launcher ran once more since, with other methods: the best one may be another.
     workdir = story["workdir"]
     results = read(workdir / "results.json")
@@ -181,8 +174,7 @@ def test_the_best_merge_is_what_its_chain_says_and_predicts_what_the_table_says(
         assert share == pytest.approx(row["accuracy"][name]["value"])
 
 
-@STORY
-def test_values_were_chosen_on_validation(story):
+def check_values_were_chosen_on_validation(story):
     record = read(story["workdir"] / "results" / "ties.json")
     means = np.mean(record["search"]["validation"], axis=1)
     assert record["settings"][int(np.argmax(np.round(means, 9)))] == record["chain"]
@@ -191,8 +183,7 @@ def test_values_were_chosen_on_validation(story):
     assert record["search"]["programs"] == 1
 
 
-@STORY
-def test_a_second_run_reuses_everything(story):
+def check_a_second_run_reuses_everything(story):
     again = story["again"]
     assert again.returncode == 0, again.stderr
     assert "merges: reused 3: average, task_arithmetic, ties" in again.stdout
@@ -210,8 +201,7 @@ def again_without_time(results):
     return {key: value for key, value in results.items() if key != "training"}
 
 
-@STORY
-def test_other_methods_are_added(story):
+def check_other_methods_are_added(story):
     more = story["more"]
     assert more.returncode == 0, more.stderr
     results = read(story["workdir"] / "results.json")
@@ -226,8 +216,7 @@ def test_other_methods_are_added(story):
     assert "fisher" not in more.stdout
 
 
-@STORY
-def test_pictures_are_whole(story):
+def check_pictures_are_whole(story):
     for name in ("accuracy", "means", "deltas", "ties_sweep"):
         with Image.open(story["workdir"] / f"{name}.png") as picture:
             picture.verify()
@@ -239,16 +228,14 @@ def test_pictures_are_whole(story):
     assert read(story["workdir"] / "results.json")["verdict"]["sentence"] in text
 
 
-@STORY
-def test_result_files_name_no_place_on_this_machine(story):
+def check_result_files_name_no_place_on_this_machine(story):
     for name in ("results.json", "results.md", "config.json"):
         text = (story["workdir"] / name).read_text()
         assert str(story["workdir"].parent) not in text
         assert str(ROOT) not in text
 
 
-@STORY
-def test_the_config_is_kept_with_what_was_overridden(story):
+def check_the_config_is_kept_with_what_was_overridden(story):
     kept = read(story["workdir"] / "config.json")
     assert kept["config"]["model"]["width"] == 32
     assert kept["config"]["training"]["pretrain"]["learning_rate"] > 0
@@ -257,8 +244,7 @@ def test_the_config_is_kept_with_what_was_overridden(story):
     assert set(kept["from"]["overrides"]) == {a[9:].split("=")[0] for a in (*SMALL[1:], METHODS)}
 
 
-@STORY
-def test_the_printed_lines_work(story):
+def check_the_printed_lines_work(story):
     lines = story["again"].stdout.splitlines()
     python = [line[2:] for line in lines[-3:]]
     assert python[0] == "from mergejax import experiment"
@@ -278,8 +264,7 @@ def test_the_printed_lines_work(story):
     assert f"Open {story['workdir'].as_posix()}/results.md" in again.stdout
 
 
-@STORY
-def test_another_config_is_refused(story):
+def check_another_config_is_refused(story):
     before = files(story["workdir"])
     other = launch(story["workdir"], *SMALL, METHODS, "--config.model.width=16", "--config.seed=3")
     assert other.returncode == 2
@@ -288,6 +273,23 @@ def test_another_config_is_refused(story):
     assert "model.width: 32 there, 16 wanted" in line
     assert "seed: 0 there, 3 wanted" in line
     assert files(story["workdir"]) == before
+
+
+def test_a_run_is_killed_continued_reused_and_extended(tmp_path):
+    # One test, so that its runs are made once however tests are spread over processes.
+    story = runs(tmp_path / "runs" / "digits")
+    check_a_killed_run_leaves_no_half_written_file(story)
+    check_an_interrupted_run_continues(story)
+    check_results_hold_every_model_on_every_task(story)
+    check_the_best_merge_is_what_its_chain_says_and_predicts_what_the_table_says(story)
+    check_values_were_chosen_on_validation(story)
+    check_a_second_run_reuses_everything(story)
+    check_other_methods_are_added(story)
+    check_pictures_are_whole(story)
+    check_result_files_name_no_place_on_this_machine(story)
+    check_the_config_is_kept_with_what_was_overridden(story)
+    check_the_printed_lines_work(story)
+    check_another_config_is_refused(story)
 
 
 DIGITS = "--config=configs/digits.py"

@@ -43,7 +43,7 @@ def weights(merged, data):
 )
 def test_search_equals_one_merge_after_the_other(chains, programs):
     base, experts = trees()
-    found = search.search(chains, base, experts, weights, jnp.float32(2), names=NAMES, seed=5)
+    found = searched(chains, base, experts, weights, jnp.float32(2))
     assert found.programs == programs
     for chain, row in zip(chains, found.measured, strict=True):
         alone = mj.merge(chain, base, experts, names=NAMES, seed=5)

@@ -128,9 +128,9 @@ def similarity(deltas: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         where both deltas are other than zero.
 
     Example:
-        >>> cosines, signs = similarity([np.array([3.0, 4.0]), np.array([4.0, -3.0])])
-        >>> cosines.tolist(), signs.tolist()
-        ([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.5], [0.5, 1.0]])
+        >>> cosines, signs = similarity([np.array([1.0, 1.0]), np.array([1.0, -3.0])])
+        >>> cosines.round(3).tolist(), signs.tolist()
+        ([[1.0, -0.447], [-0.447, 1.0]], [[1.0, 0.5], [0.5, 1.0]])
     """
     stacked = np.stack(deltas).astype(np.float64)
     norms = np.linalg.norm(stacked, axis=1, keepdims=True)

@@ -10,7 +10,7 @@ from mergejax.core import Stage
 from mergejax.eval import metrics
 
 Record = Mapping[str, Any]
-OWN = "experts, each on its own task"
+OWN = "experts on their own tasks"
 ORDER = ("base", "expert", "own", "merge", "ensemble", "multi_task")
 
 

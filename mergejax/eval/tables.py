@@ -1,14 +1,15 @@
 """The table of a run: on a terminal, as plain text, as Markdown."""
 
+import io
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich import box, console, table
+from rich.text import Text
 
 from mergejax.eval.report import interval
 
 WIDE = 10_000  # columns of plain text: nothing is ever folded there
-TERMINAL = 150  # columns from which the chains stand in the table and not below it
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -16,34 +17,32 @@ def label(row: Mapping[str, Any]) -> str:
     return row["name"].replace("_", " ") if row["name"].isidentifier() else row["name"]
 
 
-def cells(results: Mapping[str, Any], chains: bool = True) -> tuple[list[str], list[list[str]]]:
+def cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The header and the rows of the table, as text.
 
     Args:
         results: what `report.summarise` returned.
-        chains: whether the last column shows them.
 
     Returns:
         Names of the columns, and a list of as many cells for each model.
     """
     tasks = list(results["tasks"])
-    header = ["model", *tasks, "mean [95 %]", "normalised", "seconds", "settings"]
+    header = ["model", *tasks, "mean [95 %]", "normalised", "seconds", "settings", "chain"]
     rows = []
     for row in results["models"]:
-        named = label(row) if not row["given"] or not chains else "as given"
         shares = [f"{100 * row['accuracy'][task]['value']:.1f}" for task in tasks]
         rows.append(
             [
-                named,
+                "as given" if row["given"] else label(row),
                 *shares,
                 interval(row["mean"]),
                 "" if row["normalised"] is None else f"{100 * row['normalised']:.1f}",
                 "" if row["seconds"] is None else f"{row['seconds']:.2f}",
                 "" if row["settings"] is None else str(row["settings"]),
-                *([row["chain"] or ""] if chains else []),
+                row["chain"] or "",
             ]
         )
-    return [*header, *(["chain"] if chains else [])], rows
+    return header, rows
 
 
 def caption(results: Mapping[str, Any]) -> str:
@@ -77,32 +76,53 @@ def _numbers(values: Any) -> str:
 def show(results: Mapping[str, Any], stream: TextIO) -> None:
     """Prints the table: by rich on a terminal, otherwise as aligned plain text.
 
+    A terminal that is too narrow shows fewer columns and says which; the chains come below then.
+
     Args:
         results: what `report.summarise` returned.
         stream: where to print.
     """
     terminal = stream.isatty()
-    writer = console.Console(file=stream, width=None if terminal else WIDE, highlight=False)
-    chains = not terminal or writer.width >= TERMINAL
-    header, rows = cells(results, chains)
+    content = io.StringIO()
+    writer = console.Console(
+        file=stream if terminal else content, width=None if terminal else WIDE, highlight=False
+    )
+    header, rows = cells(results)
+    dropped = _too_much(header, rows, list(results["tasks"]), writer.width)
     shown = table.Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
-    for i, name in enumerate(header):
-        text = i == 0 or name == "chain"
-        shown.add_column(
-            name.replace("_", "\n"),
-            justify="left" if text else "right",
-            overflow="fold",
-            no_wrap=not text,
-        )
+    kept = [i for i, name in enumerate(header) if name not in dropped]
+    for i in kept:
+        side: Literal["left", "right"] = "left" if header[i] in ("model", "chain") else "right"
+        shown.add_column(header[i].replace("_", "\n"), justify=side, no_wrap=True)
     best = (results["verdict"] or {}).get("best")
     for row, texts in zip(results["models"], rows, strict=True):
-        shown.add_row(*texts, style="bold" if terminal and row["name"] == best else None)
-    writer.print(shown, soft_wrap=not terminal)
-    if not chains:
-        for row in results["models"]:
-            if row["chain"] and not row["given"]:
-                writer.print(f"{label(row)}: {row['chain']}", markup=False)
-    writer.print(caption(results), markup=False, soft_wrap=not terminal)
+        style = "bold" if terminal and row["name"] == best else None
+        # As Text, because brackets and colons of a chain are no markup.
+        shown.add_row(*(Text(texts[i]) for i in kept), style=style)
+    writer.print(shown)
+    if dropped:
+        for texts in rows:
+            if texts[-1]:
+                writer.print(Text(f"{texts[0]}: {texts[-1]}"))
+        writer.print(Text(f"For want of space left out here: {', '.join(dropped)}.\n"))
+    writer.print(Text(caption(results)))
+    if not terminal:
+        stream.writelines(f"{line.rstrip()}\n" for line in content.getvalue().splitlines())
+
+
+def _too_much(
+    header: Sequence[str], rows: Sequence[Sequence[str]], tasks: Sequence[str], width: int
+) -> list[str]:
+    """The columns to leave out, in the order of their importance, until the others fit."""
+    needed = {
+        name: 3 + max(*map(len, name.split("_")), *(len(row[i]) for row in rows))
+        for i, name in enumerate(header)
+    }
+    dropped: list[str] = []
+    for group in (["chain"], ["settings"], ["seconds"], ["normalised"], list(tasks)):
+        if sum(needed.values()) - sum(needed[name] for name in dropped) > width:
+            dropped += group
+    return dropped
 
 
 def markdown(results: Mapping[str, Any]) -> str:

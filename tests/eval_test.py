@@ -242,7 +242,7 @@ def test_a_terminal_shows_what_fits_and_says_what_does_not(records, width, left_
     assert "60.0 [54.8, 65.2]" in text
     assert "\u2026" not in text
     (found,) = re.findall(r"left out here: ([^.]*\.)", text) or [""]
-    assert found.replace("\n", " ") == left_out
+    assert " ".join(found.split()) == left_out
     assert ("dare: dare(rate=0.5)" in text) == bool(left_out)
 
 

@@ -142,7 +142,7 @@ def check(run: Job, planned: Plan) -> None:
     """
     problems = []
     fine = set(search.applicable(len(run.tasks))[0]) & set(search.RECIPES)
-    for name in planned.keys() - fine:
+    for name in (name for name in planned if name not in fine):
         chain = planned[name][0]
         try:
             calibration.check_known(needs([chain]))

@@ -203,7 +203,7 @@ def fit(
     *,
     seed: Sequence[int],
     classes: int,
-    train_heads: bool,
+    parts: Sequence[str] = ("body", "heads"),
     advance: Callable[[int], object] = lambda n: None,
 ) -> tuple[Tree, dict[str, Tree], np.ndarray]:
     """Trains a body, and its heads if asked, by the mean cross entropy over all problems.
@@ -216,7 +216,7 @@ def fit(
         settings: steps, batch size, learning rate.
         seed: of the order of the images.
         classes: number of classes that heads are padded to; equal numbers share a compilation.
-        train_heads: whether the heads are trained too, otherwise they stay as they are.
+        parts: what is trained, of 'body' and 'heads'; the other stays as it is.
         advance: told the number of steps after each chunk.
 
     Returns:
@@ -224,9 +224,8 @@ def fit(
     """
     names = list(splits)
     stacked = stack_heads([heads[name] for name in names], classes)
-    trained, frozen = {"body": body, "heads": stacked}, {}
-    if not train_heads:
-        trained, frozen = {"body": body}, {"heads": stacked}
+    params = {"body": body, "heads": stacked}
+    trained = {part: params.pop(part) for part in parts}
     state = _direction(settings.weight_decay).init(trained)
     rates, decay = learning_rates(settings), jnp.float32(settings.weight_decay)
     generator = np.random.default_rng(list(seed))
@@ -235,8 +234,9 @@ def fit(
         steps = min(CHUNK, settings.steps - start)
         batches = draw(training, steps, settings.batch, generator, settings.shift)
         now = rates[start : start + steps]
-        trained, state, values = _chunk(trained, state, frozen, batches, now, decay, model)
+        trained, state, values = _chunk(trained, state, params, batches, now, decay, model)
         losses.append(np.asarray(values))
         advance(steps)
-    separate = _unstack({**frozen, **trained}["heads"], [heads[name] for name in names])
-    return trained["body"], dict(zip(names, separate, strict=True)), np.concatenate(losses)
+    params |= trained
+    separate = _unstack(params["heads"], [heads[name] for name in names])
+    return params["body"], dict(zip(names, separate, strict=True)), np.concatenate(losses)

@@ -189,7 +189,7 @@ def _fit(
             settings,
             seed=[run.config.seed, zlib.crc32(name.encode())],
             classes=max(len(task.labels) for task in run.tasks.values()),
-            train_heads=kind != "finetune",
+            parts=parts,
             advance=advance,
         )
     run.log[name] = {

@@ -55,6 +55,12 @@ SOURCES: Mapping[str, Source] = {
     "gtsrb": Source("gtsrb", origin="benchmark.ini.rub.de/gtsrb_news.html"),
     "mnist": Source("mnist"),
     "dtd": Source("dtd", "train", "validation", "test"),
+    "cifar10": Source("cifar10"),
+    "fashion_mnist": Source("fashion_mnist"),
+    "bangla": Source("cmaterdb/bangla"),
+    "devanagari": Source("cmaterdb/devanagari"),
+    "telugu": Source("cmaterdb/telugu"),
+    "not_mnist": Source("not_mnist"),
 }
 
 

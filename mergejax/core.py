@@ -99,8 +99,8 @@ class Parts(NamedTuple):
     Attributes:
         apply: the stage's function; its arguments depend on the kind.
         rounds: whole-model measurements, in order.
-        local: (number of elements of the leaf) -> data that `apply` sees behind the rounds;
-            evaluated on the host, where integers are exact.
+        local: (`LeafInfo` of the leaf, or of one of its stacked layers) -> data that `apply` sees
+            behind the rounds; evaluated on the host, where integers are exact.
         init: folds only: (leaf, zeros of the delta's shape) -> state before any expert.
         finish: folds only: (state, leaf, seen) -> merged.
         elementwise: whether the stage may be run on any part of a leaf, where that depends on
@@ -109,7 +109,7 @@ class Parts(NamedTuple):
 
     apply: Callable[..., Any]
     rounds: tuple[Round, ...] = ()
-    local: Callable[[int], Any] | None = None
+    local: Callable[[Any], Any] | None = None
     init: Callable[..., Any] | None = None
     finish: Callable[..., Any] = lambda state, leaf, seen: state
     elementwise: bool | None = None
@@ -125,6 +125,7 @@ class Factory:
     elementwise: bool = False
     needs: tuple[str, ...] = ()
     experts: int | None = None
+    at_least: int = 1
 
     @property
     def name(self) -> str:

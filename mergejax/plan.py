@@ -117,7 +117,11 @@ def _check_numbers(
         if stage.factory.space == "delta" and not has_base:
             problems.append(f"{label} works on deltas and needs a base; pass the base model")
         if stage.factory.experts not in (None, experts):
-            problems.append(f"{label} takes exactly {stage.factory.experts} experts, not {experts}")
+            count = stage.factory.experts or 0
+            several = f"{count} expert{'s' if count > 1 else ''}"
+            problems.append(f"{label} takes exactly {several}, not {experts}")
+        if experts < stage.factory.at_least:
+            problems.append(f"{label} takes at least {stage.factory.at_least} experts, not 1")
         wanted = 1 if reduced else experts
         for name, value in stage.data.items():
             length = _length(value)
@@ -196,24 +200,25 @@ def local_numbers(plan: Plan, info: LeafInfo) -> dict[str, Any]:
     """What stages compute from a leaf's size on the host, where integers are exact."""
     placed = plan.placed[info.name]
     if info.layers is None:
-        return _local_numbers(placed, info.size, plan)
+        return _local_numbers(placed, info, plan)
+    layer = dataclasses.replace(info, shape=info.shape[1:], layers=None)
     layers = [
-        _local_numbers(jax.tree.map(lambda x, i=i: x[i], placed), info.size // info.layers, plan)
+        _local_numbers(jax.tree.map(lambda x, i=i: x[i], placed), layer, plan)
         for i in range(info.layers)
     ]
     return jax.tree.map(lambda *xs: _stack(xs), *layers)
 
 
-def _local_numbers(placed: Sequence[Placed], size: int, plan: Plan) -> dict[str, Any]:
+def _local_numbers(placed: Sequence[Placed], info: LeafInfo, plan: Plan) -> dict[str, Any]:
     found = {}
     for p in placed:
         if p.role != "apply" or p.stage.build().local is None:
             continue
         if p.stage.kind == "each" and p.path not in plan.merged:
             several = [at_expert(p.stage, i) for i in range(plan.experts)]
-            found[p.path] = _stack([stage.build().local(size) for stage in several])
+            found[p.path] = _stack([stage.build().local(info) for stage in several])
         else:
-            found[p.path] = p.stage.build().local(size)
+            found[p.path] = p.stage.build().local(info)
     return found
 
 

@@ -1,8 +1,8 @@
 """Whole-model numbers from quantities that add up over leaves, and exact ranks without a sort.
 
 The order of magnitudes is the order of their bits as unsigned integers. So the k-th largest
-magnitude of a whole model takes two rounds of counting: the upper 16 bits, then the lower 15 of
-those that share the upper ones. Nothing is sorted and nothing concatenated.
+magnitude of a whole model takes two rounds of counting: the upper half of the bits, then the lower
+half of those that share the upper one. Nothing is sorted and nothing concatenated.
 """
 
 import math
@@ -15,41 +15,63 @@ import numpy as np
 from mergejax.core import Array, Round
 from mergejax.hyper import is_traced
 
-UPPER, LOWER = 2**16, 2**15
+BINS = 2**16  # of a histogram; two of them, of the upper and the lower half of a key, give any rank
 _SMALL = 2**16
 
 
-def magnitude_bits(x: Array) -> Array:
-    """The bits of |x|, uint32 below 2^31; their order is the order of the magnitudes.
+def magnitude_key(x: Array) -> Array:
+    """A uint32 for each element whose order is the order of the magnitudes.
 
     Example:
-        >>> bool(magnitude_bits(jnp.float32(-2.0)) > magnitude_bits(jnp.float32(1.5)))
+        >>> bool(magnitude_key(jnp.float32(-2.0)) > magnitude_key(jnp.float32(1.5)))
         True
     """
-    return jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
+    return jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32) << 1
 
 
-def magnitude_of(bits: Array) -> Array:
-    """The float32 whose magnitude has the given bits."""
-    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.float32)
+def magnitude_of(key: Array) -> Array:
+    """The float32 whose magnitude has the given key."""
+    return jax.lax.bitcast_convert_type(key.astype(jnp.uint32) >> 1, jnp.float32)
+
+
+def value_key(x: Array) -> Array:
+    """A uint32 for each element whose order is the order of the values.
+
+    Example:
+        >>> bool(value_key(jnp.float32(-2.0)) < value_key(jnp.float32(1.5)))
+        True
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    bits = jnp.where(bits << 1 == 0, jnp.uint32(0), bits)  # both zeros are one value
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))
+
+
+def value_of(key: Array) -> Array:
+    """The float32 that has the given key.
+
+    Example:
+        >>> float(value_of(value_key(jnp.float32(-2.5))))
+        -2.5
+    """
+    bits = jnp.where(key >> 31 == 1, key ^ jnp.uint32(2**31), ~key)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 # A scatter under vmap falls off XLA's fast path on the CPU (14 times slower), a loop does not;
 # nor does one that adds anything but a constant, so what is not to be counted has a bin of its own.
 @jax.custom_batching.sequential_vmap
 def _count(bins: Array) -> Array:
-    zeros = jnp.zeros(UPPER + 1, jnp.int32)
-    return zeros.at[bins.ravel()].add(1, mode="promise_in_bounds")[:UPPER]
+    zeros = jnp.zeros(BINS + 1, jnp.int32)
+    return zeros.at[bins.ravel()].add(1, mode="promise_in_bounds")[:BINS]
 
 
-def _upper(x: Array) -> Array:
-    return _count((magnitude_bits(x) >> 15).astype(jnp.int32))
+def _upper(keys: Array) -> Array:
+    return _count((keys >> 16).astype(jnp.int32))
 
 
-def _lower(x: Array, bucket: Array) -> Array:
-    bits = magnitude_bits(x)
-    inside = (bits >> 15) == bucket
-    return _count(jnp.where(inside, (bits & (LOWER - 1)).astype(jnp.int32), UPPER))
+def _lower(keys: Array, bucket: Array) -> Array:
+    low = (keys & jnp.uint32(BINS - 1)).astype(jnp.int32)
+    return _count(jnp.where((keys >> 16) == bucket, low, BINS))
 
 
 def _locate(counts: Any, rank: Any) -> tuple[Any, Any]:
@@ -60,64 +82,110 @@ def _locate(counts: Any, rank: Any) -> tuple[Any, Any]:
     return counts.shape[0] - 1 - place, rank - before
 
 
-def kth_magnitude_rounds(rank_of: Any) -> tuple[Round, Round]:
-    """Measures the k-th largest magnitude of a whole model, exactly.
+def rank_rounds(keys_of: Any, ranks_of: Any, first: int = 0) -> tuple[Round, Round]:
+    """Finds elements of a whole model by their ranks, exactly.
 
     Args:
-        rank_of: (size) -> rank, 1 for the largest.
+        keys_of: (x, leaf, seen) -> a list of uint32 arrays, one for each population that is
+            ranked; x is what the stage's `apply` gets first.
+        ranks_of: (size) -> for each population a list of ranks, 1 for the largest.
+        first: index of the first of these rounds among the stage's.
 
     Returns:
-        Two rounds; what the second one solves to are the magnitude's bits, uint32.
+        Two rounds; the second one solves to the keys, uint32, for each population a list.
     """
 
-    def bucket(totals: Any, size: Any) -> tuple[Any, Any]:
-        return _locate(totals[0], rank_of(size))
+    def buckets(totals: Any, size: Any) -> list[list[tuple[Any, Any]]]:
+        several = zip(totals[first], ranks_of(size), strict=True)
+        return [[_locate(counts, rank) for rank in ranks] for counts, ranks in several]
 
     def solve_upper(totals: Any, size: Any, memory: Any) -> Any:
-        return bucket(totals, size)[0].astype(np.uint32)
+        return [[high.astype(np.uint32) for high, _ in each] for each in buckets(totals, size)]
 
     def solve_lower(totals: Any, size: Any, memory: Any) -> Any:
-        high, rank = bucket(totals, size)
-        low, _ = _locate(totals[1], rank)
-        return (high * LOWER + low).astype(np.uint32)
+        pairs = zip(buckets(totals, size), totals[first + 1], strict=True)
+        return [
+            [
+                (high * BINS + _locate(counts, rank)[0]).astype(np.uint32)
+                for (high, rank), counts in zip(each, several, strict=True)
+            ]
+            for each, several in pairs
+        ]
+
+    def measure_lower(x: Any, leaf: Any, seen: Any) -> Any:
+        populations = zip(keys_of(x, leaf, seen), seen[first], strict=True)
+        return [[_lower(keys, high) for high in several] for keys, several in populations]
 
     return (
-        Round(lambda d, leaf, seen: _upper(d), solve_upper),
-        Round(lambda d, leaf, seen: _lower(d, seen[0]), solve_lower),
+        Round(lambda x, leaf, seen: [_upper(k) for k in keys_of(x, leaf, seen)], solve_upper),
+        Round(measure_lower, solve_lower),
     )
 
 
-def kth_magnitude(x: Array, rank: Array) -> Array:
-    """The bits of the k-th largest magnitude of one array, exactly.
+def kth_key(keys: Array, rank: Array) -> Array:
+    """The k-th largest of an array of keys, exactly.
 
     Args:
-        x: [...], any shape, taken as float32.
-        rank: integer in [1, x.size], 1 for the largest.
+        keys: uint32 [...], any shape.
+        rank: integer in [1, keys.size], 1 for the largest.
 
     Returns:
-        uint32, the magnitude's bits; `magnitude_of` makes a float32 of them.
+        uint32.
 
     Example:
-        >>> float(magnitude_of(kth_magnitude(jnp.asarray([3.0, -5.0, 1.0]), 2)))
+        >>> float(magnitude_of(kth_key(magnitude_key(jnp.asarray([3.0, -5.0, 1.0])), 2)))
         3.0
     """
     rank = jnp.asarray(rank, jnp.int32)
-    if x.size <= _SMALL:
-        return _bisect(x, rank)
-    high, inner = _locate(_upper(x), rank)
-    low, _ = _locate(_lower(x, high.astype(jnp.uint32)), inner)
-    return (high * LOWER + low).astype(jnp.uint32)
+    if keys.size <= _SMALL:
+        return kth_key_by_row(keys.reshape(1, -1), rank)[0]
+    high, inner = _locate(_upper(keys), rank)
+    low, _ = _locate(_lower(keys, high.astype(jnp.uint32)), inner)
+    return (high * BINS + low).astype(jnp.uint32)
 
 
-def _bisect(x: Array, rank: Array) -> Array:
-    # For small arrays, where two histograms would cost more than 31 readings.
-    bits = magnitude_bits(x)
+def kth_key_by_row(keys: Array, rank: Array) -> Array:
+    """The k-th largest key of every row, exactly, by reading the rows 32 times.
+
+    Args:
+        keys: uint32 [rows, n].
+        rank: integer in [1, n], 1 for the largest.
+
+    Returns:
+        uint32 [rows].
+    """
 
     def step(i: Array, found: Array) -> Array:
-        candidate = found | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
-        return jnp.where((bits >= candidate).sum(dtype=jnp.int32) >= rank, candidate, found)
+        candidate = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        enough = (keys >= candidate[:, None]).sum(-1, dtype=jnp.int32) >= rank
+        return jnp.where(enough, candidate, found)
 
-    return jax.lax.fori_loop(0, 31, step, jnp.uint32(0))
+    return jax.lax.fori_loop(0, 32, step, jnp.zeros(keys.shape[0], jnp.uint32))
+
+
+def first_largest(keys: Array, rank: Array) -> Array:
+    """Marks exactly the k largest of every row, of equal ones the first.
+
+    Args:
+        keys: uint32 [rows, n].
+        rank: integer, k; at most n are marked, none for 0.
+
+    Returns:
+        bool [rows, n].
+
+    Example:
+        >>> first_largest(jnp.asarray([[1, 3, 3, 3]], jnp.uint32), 2).tolist()
+        [[False, True, True, False]]
+    """
+    rank = jnp.asarray(rank, jnp.int32)
+    bounded = jnp.clip(rank, 1, keys.shape[1])
+    one = keys.shape[0] == 1  # where histograms may be quicker
+    threshold = kth_key(keys, bounded)[None] if one else kth_key_by_row(keys, bounded)
+    above = keys > threshold[:, None]
+    equal = keys == threshold[:, None]
+    missing = bounded - above.sum(-1, dtype=jnp.int32)
+    first = jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= missing[:, None]
+    return (above | (equal & first)) & (rank > 0)
 
 
 def kept_count(size: Any, density: Any) -> Any:

@@ -10,7 +10,16 @@ from hypothesis import example, given, settings
 
 import mergejax as mj
 import mergejax.forms
-from mergejax.summaries import kept_count, kth_magnitude, magnitude_of
+from mergejax.summaries import (
+    first_largest,
+    kept_count,
+    kth_key,
+    kth_key_by_row,
+    magnitude_key,
+    magnitude_of,
+    value_key,
+    value_of,
+)
 
 TINY = np.float32(1e-45)  # the smallest denormal
 SIZE = 24  # one size, one compilation
@@ -21,11 +30,18 @@ values = arrays.arrays(np.float32, SIZE, elements=st.one_of(floats, crowded))
 # Arithmetic behind the threshold flushes denormals to zero on the CPU, so whole merges have none.
 normal = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
 whole_numbers = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0000001, 3e38, -3e38])
+
+
+def kth_magnitude(x, rank):
+    return kth_key(magnitude_key(jnp.asarray(x)), rank)
+
+
 jitted = jax.jit(kth_magnitude)
 
 
-def bits(x):
-    return np.sort(np.abs(np.asarray(x, np.float32)).view(np.uint32))[::-1]
+def keys(x):
+    """Twice the magnitudes' bits, the largest first."""
+    return 2 * np.sort(np.abs(np.asarray(x, np.float32)).view(np.uint32))[::-1]
 
 
 @settings(max_examples=200)
@@ -34,7 +50,7 @@ def bits(x):
 @example(np.full(SIZE, -2.5, np.float32), SIZE)
 @example(np.full(SIZE, TINY, np.float32), 1)
 def test_kth_magnitude_of_a_small_tensor_equals_a_sort(x, rank):
-    assert int(jitted(x, jnp.int32(rank))) == bits(x)[rank - 1]
+    assert int(jitted(x, jnp.int32(rank))) == keys(x)[rank - 1]
 
 
 def large(kind, size, rng):
@@ -55,7 +71,7 @@ KINDS = ["normal", "ties", "equal", "zeros", "denormal", "one bucket"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_kth_magnitude_of_a_large_tensor_equals_a_sort(kind):
     x = large(kind, 70_001, np.random.default_rng(3)).reshape(-1, 1)
-    ordered = bits(x.ravel())
+    ordered = keys(x.ravel())
     for rank in (1, 2, 777, 35_000, x.size - 1, x.size):
         assert int(jitted(x, jnp.int32(rank))) == ordered[rank - 1]
 
@@ -64,7 +80,7 @@ def test_kth_magnitude_under_vmap_equals_one_by_one():
     rng = np.random.default_rng(0)
     many = np.stack([large(kind, 66_000, rng) for kind in KINDS])
     ranks = np.asarray([1, 5, 66_000, 40_000, 17, 300], np.int32)
-    expected = [bits(x)[rank - 1] for x, rank in zip(many, ranks, strict=True)]
+    expected = [keys(x)[rank - 1] for x, rank in zip(many, ranks, strict=True)]
     np.testing.assert_array_equal(jax.jit(jax.vmap(kth_magnitude))(many, ranks), expected)
 
 
@@ -73,6 +89,28 @@ def test_magnitude_of_gives_the_float_back():
     assert magnitude_of(kth_magnitude(x, 1)) == 2.5
     assert magnitude_of(kth_magnitude(x, 2)).view(np.uint32) == 1
     assert magnitude_of(kth_magnitude(x, 3)) == 0
+
+
+@given(values)
+def test_keys_of_values_order_them_and_give_them_back(x):
+    found = np.asarray(value_key(jnp.asarray(x)))
+    np.testing.assert_array_equal(value_of(jnp.asarray(found)), x)
+    # The CPU compares denormals as zeros, so the order is asked of integers.
+    bits = np.where(x == 0, 0.0, x).astype(np.float32).view(np.int32).astype(np.int64)
+    ordered = np.where(bits < 0, -(bits + 2**31), bits)
+    np.testing.assert_array_equal(np.argsort(found, kind="stable"), np.argsort(ordered, kind="stable"))
+
+
+def test_kth_key_by_row_and_exactly_k_of_every_row_equal_a_stable_sort():
+    rows = np.random.default_rng(1).integers(0, 5, [6, 40]).astype(np.uint32) * 900_000_001
+    for k in (1, 7, 39, 40):
+        found = kth_key_by_row(jnp.asarray(rows), jnp.int32(k))
+        np.testing.assert_array_equal(found, np.sort(rows)[:, ::-1][:, k - 1])
+    for k in (0, 1, 7, 40, 41):
+        order = np.argsort(-rows.astype(np.int64), axis=1, kind="stable")
+        expected = np.zeros(rows.shape, bool)
+        np.put_along_axis(expected, order[:, :k], True, axis=1)
+        np.testing.assert_array_equal(first_largest(jnp.asarray(rows), k), expected)
 
 
 def trimmed(parts, density, **options):

@@ -10,10 +10,11 @@ from mergejax.hyper import Density, Fraction
 from mergejax.randomness import keep_mask
 from mergejax.summaries import (
     bounded_rank,
+    first_largest,
     kept_count,
-    kth_magnitude,
-    kth_magnitude_rounds,
-    magnitude_bits,
+    kth_key,
+    magnitude_key,
+    rank_rounds,
 )
 
 Cut = Literal["published", "exact", "complement"]
@@ -68,8 +69,8 @@ def trim(
     def rank(size: Any) -> Any:
         return bounded_rank(_RANKS[cut](size, density), size)
 
-    def keep_from(bits: Array, d: Array) -> Array:
-        return jnp.where(magnitude_bits(d) >= bits, d, 0.0)
+    def keep_from(key: Array, d: Array) -> Array:
+        return jnp.where(magnitude_key(d) >= key, d, 0.0)
 
     if scope == "model":
         if cut == "exact":
@@ -77,21 +78,22 @@ def trim(
                 "trim: cut='exact' breaks ties by an element's place and needs scope='tensor'"
             )
         return Parts(
-            apply=lambda d, leaf, seen: keep_from(seen[-1], d),
-            rounds=kth_magnitude_rounds(rank),
+            apply=lambda d, leaf, seen: keep_from(seen[-1][0][0], d),
+            rounds=rank_rounds(lambda d, leaf, seen: [magnitude_key(d)], lambda n: [[rank(n)]]),
             elementwise=True,
         )
 
     def keep_first(d: Array, k: Array) -> Array:
-        bits, threshold = magnitude_bits(d), kth_magnitude(d, k)
-        equal = (bits == threshold).ravel()
-        above = (bits > threshold).sum(dtype=jnp.int32)
-        first = jnp.cumsum(equal, dtype=jnp.int32) <= k - above
-        return jnp.where((bits > threshold) | (equal & first).reshape(d.shape), d, 0.0)
+        kept = first_largest(magnitude_key(d).reshape(1, -1), k).reshape(d.shape)
+        return jnp.where(kept, d, 0.0)
 
-    if cut == "exact":
-        return Parts(apply=lambda d, leaf, seen: keep_first(d, seen[-1]), local=rank)
-    return Parts(apply=lambda d, leaf, seen: keep_from(kth_magnitude(d, seen[-1]), d), local=rank)
+    def keep_equal(d: Array, k: Array) -> Array:
+        return keep_from(kth_key(magnitude_key(d), k), d)
+
+    keep = keep_first if cut == "exact" else keep_equal
+    return Parts(
+        apply=lambda d, leaf, seen: keep(d, seen[-1]), local=lambda info: rank(info.size)
+    )
 
 
 Rescale = Literal["inverse", "norm", "none"]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mergejax import hyper
@@ -192,7 +193,8 @@ def stream(
     common = shared_by_leaf(shared or {}, shapes)
     infos, copied = _split(described, known, common)
     models = [list(model.values()) for model in (base or {}, *experts)]
-    traced = hyper.is_traced((method, seed, stats, shared, models))
+    # Inside jax.jit even what is made of constants is traced.
+    traced = hyper.is_traced((method, seed, stats, shared, models, jnp.zeros(())))
     check_statistics(infos, known, values=not traced)
 
     def load(name: str) -> Values:

@@ -126,6 +126,7 @@ class Factory:
     needs: tuple[str, ...] = ()
     experts: int | None = None
     at_least: int = 1
+    per_expert: tuple[str, ...] = ()  # numbers of a refinement that may be lists, one per expert
 
     @property
     def name(self) -> str:

@@ -122,14 +122,14 @@ def _check_numbers(
             problems.append(f"{label} takes exactly {several}, not {experts}")
         if experts < stage.factory.at_least:
             problems.append(f"{label} takes at least {stage.factory.at_least} experts, not 1")
-        wanted = 1 if reduced else experts
         for name, value in stage.data.items():
             length = _length(value)
-            if length is not None and (length != wanted or reduced):
+            behind = reduced and name not in stage.factory.per_expert
+            if length is not None and (length != experts or behind):
                 problems.append(
                     f"{label}({name}=...) has {length} numbers, but "
-                    + ("stands behind the reduction, where it takes one" if reduced else "")
-                    + ("" if reduced else f"there are {experts} experts")
+                    + ("stands behind the reduction, where it takes one" if behind else "")
+                    + ("" if behind else f"there are {experts} experts")
                 )
             if isinstance(value, hyper.Rule) and stage.build().rounds:
                 problems.append(

@@ -15,11 +15,13 @@ from mergejax.errors import MergeError, did_you_mean, some
 from mergejax.methods import combine, elect, sparsify
 from mergejax.methods.average import average, linear
 from mergejax.methods.dare import dare
+from mergejax.methods.emr import emr
 from mergejax.methods.fisher import fisher, fisher_mean
 from mergejax.methods.lines import lines, lines_multi_task
 from mergejax.methods.opcm import opcm, orthogonal_total, to_mean_norm
 from mergejax.methods.regmean import gram_solve, regmean
 from mergejax.methods.slerp import arc, slerp
+from mergejax.methods.tall_masks import consensus, consensus_mask, tall_masks
 from mergejax.methods.task_arithmetic import task_arithmetic
 from mergejax.methods.ties import ties
 
@@ -56,9 +58,12 @@ METHODS: dict[str, Entry] = {
     "fisher": Entry(fisher, neutral={}),
     "regmean": Entry(regmean, neutral={}),
     "opcm": Entry(opcm, ordered=True, neutral={}),
+    "tall_masks": Entry(tall_masks, neutral={}),
+    "consensus": Entry(consensus, neutral={"agreement": 0, "scaling": 1.0}),
+    "emr": Entry(emr, neutral={}),
 }
 
-_SINGLE = (arc, fisher_mean, gram_solve, orthogonal_total, to_mean_norm)
+_SINGLE = (arc, consensus_mask, fisher_mean, gram_solve, orthogonal_total, to_mean_norm)
 PIECES: dict[str, Callable[..., Any]] = {
     name: make
     for module in (sparsify, elect, combine)

@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
+import golden_lowrank as lowrank
 import golden_mergekit as mergekit
 import numpy as np
 from golden_case import Case, Draw, Translation, Untranslatable, exactly, given_masks, several
@@ -281,4 +282,4 @@ TRANSLATIONS: dict[str, Callable[[Case], Translation]] = {
     "regmean": _regmean("model_lambda", mean=False),
     "ties (global trim)": _ties_global,
     "ties (per tensor)": lambda case: _ties_masked(case, "tensor"),
-}
+} | lowrank.TRANSLATIONS

@@ -39,6 +39,8 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
             "mnist",
             "dtd",
         ),
+        # What the base learns; none of it belongs to a task.
+        "pretraining": ("cifar10", "fashion_mnist", "bangla", "devanagari", "telugu"),
         "size": 32,
         "limits": {"train": 8000, "validation": 800, "test": 4000},  # images of each task
     }
@@ -51,8 +53,9 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
         "stem": (32, 64),  # with the patches, 16 tokens of 8x8 pixels
     }
     config.training = {
-        "pretrain": {"steps": 1500, "learning_rate": 1e-3, "batch": 64, "shift": 2},
-        "finetune": {"steps": 500, "learning_rate": 4e-4, "batch": 64, "shift": 2},
+        "pretrain": {"steps": 3000, "learning_rate": 1e-3, "batch": 64, "shift": 2},
+        "heads": {"steps": 500, "learning_rate": 3e-3, "batch": 256, "shift": 2},
+        "finetune": {"steps": 500, "learning_rate": 1e-4, "batch": 64, "shift": 2},
         "multi_task": {"steps": 2500, "learning_rate": 6e-4, "batch": 64, "shift": 2},
     }
     # Per task, for collected statistics.
@@ -60,6 +63,7 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
     config.search = search.grids(limit=4)  # values to try on validation, by method and parameter
     if args.runlocal:
         config.training.pretrain.steps = 200
+        config.training.heads.steps = 50
         config.training.finetune.steps = 50
         config.training.multi_task.steps = 200
         config.calibration.examples = 64

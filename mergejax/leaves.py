@@ -1,6 +1,7 @@
 """What a leaf is: its name, role, place in the network and the meaning of its axes."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,10 +52,7 @@ class LeafInfo:
 
     @property
     def size(self) -> int:
-        count = 1
-        for axis in self.shape:
-            count *= axis
-        return count
+        return math.prod(self.shape)
 
 
 def name_of(path: Sequence[Any]) -> str:
@@ -162,6 +160,42 @@ def as_matrix(x: jax.Array, layout: str) -> tuple[jax.Array, Callable[[jax.Array
         rows *= moved.shape[axis]
     inverse = [order.index(axis) for axis in range(x.ndim)]
     return moved.reshape(rows, -1), lambda matrix: matrix.reshape(moved.shape).transpose(inverse)
+
+
+def as_rows(x: jax.Array, layout: str) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """The view in which each row holds what leads to one output, and the way back.
+
+    Kernels and convolutions become [out, in * height * width]; an array without a layout is taken
+    by its last axis, a vector as one row.
+
+    Args:
+        x: a leaf in the given layout.
+        layout: as for `as_matrix`, or '' where nobody knows the axes.
+
+    Returns:
+        The rows, and a function that takes rows of that shape back to the layout.
+
+    Example:
+        >>> as_rows(jnp.ones((3, 5)), 'io')[0].shape, as_rows(jnp.ones((3, 5)), '')[0].shape
+        ((5, 3), (3, 5))
+    """
+    if not layout:
+        return x.reshape(-1, x.shape[-1] if x.ndim else 1), lambda rows: rows.reshape(x.shape)
+    matrix, restore = as_matrix(x, layout)
+    return matrix.T, lambda rows: restore(rows.T)
+
+
+def row_length(info: LeafInfo) -> int:
+    """The number of elements in each row of `as_rows`.
+
+    Example:
+        >>> row_length(LeafInfo('a/kernel', (3, 5), jnp.float32, 'kernel', 'io', 0.0, -1))
+        3
+    """
+    if not info.layout:
+        return info.shape[-1] if info.shape else 1
+    lengths = (n for n, letter in zip(info.shape, info.layout, strict=True) if letter != "o")
+    return math.prod(lengths)
 
 
 def _numbered(name: str) -> list[tuple[str, int]]:

@@ -88,7 +88,7 @@ def rank_rounds(keys_of: Any, ranks_of: Any, first: int = 0) -> tuple[Round, Rou
     Args:
         keys_of: (x, leaf, seen) -> a list of uint32 arrays, one for each population that is
             ranked; x is what the stage's `apply` gets first.
-        ranks_of: (size) -> for each population a list of ranks, 1 for the largest.
+        ranks_of: (size) -> a list of ranks, 1 for the largest, the same for every population.
         first: index of the first of these rounds among the stage's.
 
     Returns:
@@ -96,8 +96,8 @@ def rank_rounds(keys_of: Any, ranks_of: Any, first: int = 0) -> tuple[Round, Rou
     """
 
     def buckets(totals: Any, size: Any) -> list[list[tuple[Any, Any]]]:
-        several = zip(totals[first], ranks_of(size), strict=True)
-        return [[_locate(counts, rank) for rank in ranks] for counts, ranks in several]
+        ranks = ranks_of(size)
+        return [[_locate(counts, rank) for rank in ranks] for counts in totals[first]]
 
     def solve_upper(totals: Any, size: Any, memory: Any) -> Any:
         return [[high.astype(np.uint32) for high, _ in each] for each in buckets(totals, size)]

@@ -1,7 +1,7 @@
 """From a config and its tasks to trained models: the base, one expert per task, a multi-task model.
 
-The base and its heads are pre-trained together on a broader problem. The heads are then frozen, and
-each expert is the base's body trained further on one task under the head of its kind, as in the
+The base is pre-trained on broader problems, together with their heads; heads for tasks that are not
+among them are then trained on the base as it is. All heads are then frozen, and each expert is the base's body trained further on one task under the head of its kind, as in the
 experiments with CLIP, whose heads are text embeddings (Ilharco et al. 2023, arXiv:2212.04089). So
 every body works with every head, and only bodies are merged. The multi-task model, an upper mark,
 starts from the base too and trains its own copies of the heads.
@@ -175,7 +175,13 @@ def _kept(run: _Run, names: Sequence[str], make: Callable[[], list[Tree]]) -> li
 
 
 def _fit(
-    run: _Run, kind: str, name: str, body: Tree, heads: Tree, splits: Mapping[str, Split]
+    run: _Run,
+    kind: str,
+    name: str,
+    body: Tree,
+    heads: Tree,
+    splits: Mapping[str, Split],
+    parts: Sequence[str] = ("body", "heads"),
 ) -> tuple[Tree, dict[str, Tree]]:
     """Trains with the settings of `kind`, logs it as `name`."""
     started = time.monotonic()
@@ -188,7 +194,10 @@ def _fit(
             splits,
             settings,
             seed=[run.config.seed, zlib.crc32(name.encode())],
-            classes=max(len(task.labels) for task in run.tasks.values()),
+            classes=max(
+                *(len(task.labels) for task in run.tasks.values()),
+                *(head["bias"].shape[0] for head in heads.values()),
+            ),
             parts=parts,
             advance=advance,
         )
@@ -202,19 +211,30 @@ def _fit(
 
 
 def _pretrain(run: _Run) -> list[Tree]:
-    """Returns the heads by task, and the base."""
-    splits = data.pretraining(run.config, run.tasks)
+    """Returns the heads by task, and the base.
+
+    Heads that pre-training does not teach are trained on the tasks afterwards, with the base as
+    it is.
+    """
+    splits = data.pretraining(run.config, run.tasks, run.folder.parent, run.reporter)
     shape = next(iter(splits.values())).images.shape[1:]
-    classes = {task.head: len(task.labels) for task in run.tasks.values()}
+    classes = {name: int(split.labels.max()) + 1 for name, split in splits.items()}
+    classes |= {task.head: len(task.labels) for task in run.tasks.values()}
     body, heads = initial(run.model, shape, classes, run.config.seed)
-    body, heads = _fit(run, "pretrain", "base", body, heads, splits)
+    taught = {name: heads[name] for name in splits}
+    body, taught = _fit(run, "pretrain", "base", body, taught, splits)
+    heads |= taught
+    untaught = {task.head: task.train for task in run.tasks.values() if task.head not in taught}
+    if untaught:
+        new = {name: heads[name] for name in untaught}
+        heads |= _fit(run, "heads", "heads", body, new, untaught, parts=("heads",))[1]
     return [{task.name: heads[task.head] for task in run.tasks.values()}, body]
 
 
 def _fine_tune(run: _Run, name: str, base: Tree, heads: Mapping[str, Tree]) -> list[Tree]:
     """Returns the body of one expert."""
-    splits = {name: run.tasks[name].train}
-    return [_fit(run, "finetune", f"experts/{name}", base, {name: heads[name]}, splits)[0]]
+    splits, own = {name: run.tasks[name].train}, {name: heads[name]}
+    return [_fit(run, "finetune", f"experts/{name}", base, own, splits, parts=("body",))[0]]
 
 
 def _train_jointly(run: _Run, base: Tree, heads: Mapping[str, Tree]) -> list[Tree]:

@@ -175,7 +175,18 @@ def test_the_verdict_is_chosen_on_validation_and_weighs_its_leads_on_test(record
         "points behind the runner-up ties(density=0.3), which is within the noise"
         in verdict["sentence"]
     )
-    assert "points ahead of the plain average, which is more than the noise." in verdict["sentence"]
+    assert "points ahead of the plain average, which is more than the noise" in verdict["sentence"]
+    assert verdict["base"]["lead"]["value"] > 0
+    assert "points ahead of the base, which is" in verdict["sentence"]
+
+
+def test_the_verdict_keeps_a_base_that_no_merge_beats(records):
+    records["base"] = {**records["base"], "test": {t: "1" * 200 for t in TASKS}}
+    verdict = report.summarise(records, TASKS, shared=True)["verdict"]
+    assert verdict["sentence"].startswith(
+        "Keep the base: of the merges dare(rate=0.5) has the best"
+    )
+    assert "points behind the base, which is more than the noise" in verdict["sentence"]
 
 
 def test_the_runner_up_is_another_chain(records):

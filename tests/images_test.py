@@ -3,12 +3,13 @@
 import contextlib
 import sys
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
 
 import mergejax as mj
-from mergejax import data
+from mergejax import data, train
 from mergejax.data import images
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -182,14 +183,39 @@ def test_damaged_decoded_file_is_one_sentence(data_dir, tmp_path):
     assert str(path) in str(raised.value)
 
 
-def test_base_of_images_learns_from_all_training_images_and_nothing_else(data_dir, tmp_path):
-    config = _config(data_dir)
+def test_base_of_images_learns_from_the_training_images_of_its_own_sets(data_dir, tmp_path):
+    config = _config(data_dir, ("scene15",))
+    config.data.pretraining = ("eurosat",)
     tasks = data.load(config, tmp_path, Notes())
-    problems = data.pretraining(config, tasks)
-    assert {name: split is tasks[name].train for name, split in problems.items()} == {
-        "scene15": True,
-        "eurosat": True,
+    (split,) = data.pretraining(config, tasks, tmp_path, Notes()).values()
+    whole = data.load(_config(data_dir, ("eurosat",)), tmp_path, Notes())["eurosat"]
+    np.testing.assert_array_equal(split.images, whole.train.images)
+
+
+def test_heads_that_pretraining_does_not_teach_are_trained_on_the_base_as_it_is(data_dir, tmp_path):
+    config = _config(data_dir, ("scene15",))
+    config.data.pretraining = ("eurosat",)
+    config.model = {"patch": 4, "width": 8, "depth": 1, "heads": 2, "expansion": 1}
+    phases = ("pretrain", "heads", "finetune", "multi_task")
+    steps = dict.fromkeys(phases, {"steps": 2, "learning_rate": 1e-2, "batch": 4})
+    config.training = {**steps, "pretrain": {"steps": 3, "learning_rate": 1e-2, "batch": 4}}
+    tasks = data.load(config, tmp_path, Notes())
+    notes = Notes()
+    trained = train.train_all(config, tasks, tmp_path, notes)
+    assert [line for line in notes.lines if line.startswith("train ")] == [
+        "train base",
+        "train heads",
+        "train experts/scene15",
+        "train multi_task",
+    ]
+    assert {name: head["bias"].shape for name, head in trained.heads.items()} == {"scene15": (3,)}
+    assert {name: trained.log[name]["steps"] for name in ("base", "heads")} == {
+        "base": 3,
+        "heads": 2,
     }
+    again = train.train_all(config, tasks, tmp_path, Notes())
+    for one, other in zip(jax.tree.leaves(trained.base), jax.tree.leaves(again.base), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_large_images_are_averaged_from_their_middle():

@@ -98,7 +98,9 @@ def test_keys_of_values_order_them_and_give_them_back(x):
     # The CPU compares denormals as zeros, so the order is asked of integers.
     bits = np.where(x == 0, 0.0, x).astype(np.float32).view(np.int32).astype(np.int64)
     ordered = np.where(bits < 0, -(bits + 2**31), bits)
-    np.testing.assert_array_equal(np.argsort(found, kind="stable"), np.argsort(ordered, kind="stable"))
+    np.testing.assert_array_equal(
+        np.argsort(found, kind="stable"), np.argsort(ordered, kind="stable")
+    )
 
 
 def test_kth_key_by_row_and_exactly_k_of_every_row_equal_a_stable_sort():

@@ -1,7 +1,7 @@
 """Data sets as tasks: `load` gives the tasks of a config, `pretraining` what their base learns."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 
@@ -35,25 +35,45 @@ def load(
         case "digits":
             return digits.load(data.tasks, data.train, data.validation, config.seed)
         case "images":
-            return images.load(data, config.data_dir, pathlib.Path(workdir), reporter)
+            return _images(data.tasks, config, workdir, reporter)
     raise errors.MergeError(
         f"config.data.suite: there is no suite '{data.suite}', "
         f"{errors.did_you_mean(data.suite, SUITES)}"
     )
 
 
-def pretraining(config: ml_collections.ConfigDict, tasks: Mapping[str, Task]) -> dict[str, Split]:
+def pretraining(
+    config: ml_collections.ConfigDict,
+    tasks: Mapping[str, Task],
+    workdir: str | pathlib.Path,
+    reporter: Reporter,
+) -> dict[str, Split]:
     """The problems that the base learns, by the name of the head that each of them trains.
 
     Args:
         config: as for `load`.
         tasks: what `load` returned.
+        workdir: as for `load`.
+        reporter: as for `load`.
 
     Returns:
         For digits, distorted upright scans with every kind of label that the tasks ask for; for
-        images, the training splits of all tasks.
+        images, the training splits of the sets that `config.data.pretraining` names.
+
+    Raises:
+        MergeError: for unknown sets, and data sets that are missing.
     """
     data = config.data
     if data.suite == "digits":
         return digits.pretraining(tasks, data.train, data.validation, config.seed, data.variants)
-    return {task.head: task.train for task in tasks.values()}
+    sets = _images(data.pretraining, config, workdir, reporter)
+    return {name: one.train for name, one in sets.items()}
+
+
+def _images(
+    names: Sequence[str],
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path,
+    reporter: Reporter,
+) -> dict[str, Task]:
+    return images.load(names, config.data, config.data_dir, pathlib.Path(workdir), reporter)

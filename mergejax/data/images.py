@@ -60,7 +60,6 @@ SOURCES: Mapping[str, Source] = {
     "bangla": Source("cmaterdb/bangla"),
     "devanagari": Source("cmaterdb/devanagari"),
     "telugu": Source("cmaterdb/telugu"),
-    "not_mnist": Source("not_mnist"),
 }
 
 
@@ -94,13 +93,18 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def load(
-    data: ml_collections.ConfigDict, data_dir: str, workdir: pathlib.Path, reporter: Reporter
+    names: Sequence[str],
+    data: ml_collections.ConfigDict,
+    data_dir: str,
+    workdir: pathlib.Path,
+    reporter: Reporter,
 ) -> dict[str, Task]:
     """Reads the tasks from what an earlier run decoded, or from TensorFlow Datasets.
 
     Args:
-        data: `tasks` (some of `SOURCES`), `size` in pixels, and `limits`, the most images to use
-            of each part, so that a full official copy takes no longer than a subset.
+        names: of the tasks, some of `SOURCES`.
+        data: `size` in pixels, and `limits`, the most images to use of each part, so that a full
+            official copy takes no longer than a subset.
         data_dir: folder of the data sets; if empty the environment's TFDS_DATA_DIR, or what TFDS
             takes by default.
         workdir: decoded images are kept in its folder `images`.
@@ -114,13 +118,12 @@ def load(
     """
     errors.raise_all(
         [
-            f"config.data.tasks: there is no image task '{name}', "
-            f"{errors.did_you_mean(name, SOURCES)}"
-            for name in data.tasks
+            f"config.data: there is no image task '{name}', {errors.did_you_mean(name, SOURCES)}"
+            for name in names
             if name not in SOURCES
         ]
     )
-    paths = {name: workdir / CACHE / _file_name(name, data, data_dir) for name in data.tasks}
+    paths = {name: workdir / CACHE / _file_name(name, data, data_dir) for name in names}
     opened = _open_all([name for name in paths if not paths[name].exists()], data_dir)
     for name, parts in opened.items():
         _decode_task(name, parts, data, paths[name], reporter)

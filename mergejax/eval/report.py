@@ -56,11 +56,13 @@ def summarise(
     rows = [_row(record, right[name], own, tasks, shared) for name, record in records.items()]
     rows.append(_row({"name": OWN, "kind": "own"}, own, own, tasks, shared))
     rows.sort(key=lambda row: _place(row, list(experts.values())))
+    merges = [row for row in rows if row["kind"] == "merge"]
+    base = next((row for row in rows if row["kind"] == "base"), None)
     return {
         "tasks": dict(tasks),
         "scans_shared_by_tasks": shared,
         "models": rows,
-        "verdict": _verdict([row for row in rows if row["kind"] == "merge"], right, shared),
+        "verdict": _verdict(merges, base, right, shared),
         "sweep": _sweep(records.get("ties")),
     }
 
@@ -100,7 +102,10 @@ def _row(
 
 
 def _verdict(
-    merges: Sequence[dict[str, Any]], right: Mapping[str, list[np.ndarray]], shared: bool
+    merges: Sequence[dict[str, Any]],
+    base: dict[str, Any] | None,
+    right: Mapping[str, list[np.ndarray]],
+    shared: bool,
 ) -> dict[str, Any] | None:
     """The merge to take, chosen on validation, and whether its leads on test exceed the noise."""
     if not merges:
@@ -109,12 +114,13 @@ def _verdict(
     others = [row for row in merges[1:] if _canonical(row) != _canonical(best)]
     average = next((row for row in merges if _canonical(row) == "average()"), None)
     verdict: dict[str, Any] = {"best": best["name"], "chain": best["chain"]}
-    for key, other in (("runner_up", others[0] if others else None), ("average", average)):
+    marks = {"runner_up": others[0] if others else None, "average": average, "base": base}
+    for key, other in marks.items():
         if other is not None and other is not best:
             lead = metrics.difference(right[best["name"]], right[other["name"]], shared)
             verdict[key] = {
                 "name": other["name"],
-                "chain": other["chain"],
+                "chain": other.get("chain"),
                 "lead": lead._asdict(),
                 "exceeds_noise": metrics.exceeds_noise(lead),
             }
@@ -131,15 +137,24 @@ def sentence(best: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
 
     Args:
         best: the row of the merge to take.
-        verdict: `runner_up` and `average`, each with a lead, or without either.
+        verdict: `runner_up`, `average` and `base`, each with a lead, or without some of them.
     """
+    labels = {
+        "runner_up": "the runner-up",
+        "average": "the plain average",
+        "base": "the base",
+    }
     parts = [f"on test it reaches {interval(best['mean'])} %"]
-    for key, label in (("runner_up", "the runner-up"), ("average", "the plain average")):
+    for key, label in labels.items():
         if key in verdict:
             named = f"{label} {verdict[key]['chain']}" if key == "runner_up" else label
             parts.append(_lead(verdict[key], named))
+    ahead = "base" not in verdict or verdict["base"]["lead"]["value"] > 0
+    advice = (
+        f"Take {best['chain']}: it" if ahead else f"Keep the base: of the merges {best['chain']}"
+    )
     return (
-        f"Take {best['chain']}: it has the best mean accuracy on the validation images "
+        f"{advice} has the best mean accuracy on the validation images "
         f"({100 * best['validation']:.1f} %); {', and '.join(parts)}."
     )
 

@@ -79,7 +79,7 @@ def trim(
             )
         return Parts(
             apply=lambda d, leaf, seen: keep_from(seen[-1][0][0], d),
-            rounds=rank_rounds(lambda d, leaf, seen: [magnitude_key(d)], lambda n: [[rank(n)]]),
+            rounds=rank_rounds(lambda d, leaf, seen: [magnitude_key(d)], lambda n: [rank(n)]),
             elementwise=True,
         )
 
@@ -91,17 +91,23 @@ def trim(
         return keep_from(kth_key(magnitude_key(d), k), d)
 
     keep = keep_first if cut == "exact" else keep_equal
-    return Parts(
-        apply=lambda d, leaf, seen: keep(d, seen[-1]), local=lambda info: rank(info.size)
-    )
+    return Parts(apply=lambda d, leaf, seen: keep(d, seen[-1]), local=lambda info: rank(info.size))
 
 
 Rescale = Literal["inverse", "norm", "none"]
 
 
-def _rescaled(kept: Array, d: Array, rate: Array, rescale: str) -> Array:
+def rescaled(kept: Array, d: Array, probability: Array, rescale: str) -> Array:
+    """Makes up for what was dropped.
+
+    Args:
+        kept: the delta with zeros where it was dropped.
+        d: the delta before.
+        probability: of keeping, a number or an array of the delta's shape.
+        rescale: see `drop`.
+    """
     if rescale == "inverse":
-        return kept / jnp.where(rate < 1, 1 - rate, 1.0)
+        return kept / jnp.where(probability > 0, probability, 1.0)
     if rescale == "none":
         return kept
     before, after = jnp.abs(d).sum(), jnp.abs(kept).sum()
@@ -141,7 +147,7 @@ def drop(rate: Fraction = 0.9, rescale: Rescale = "inverse") -> Parts:
 
     def apply(d, leaf, seen):
         kept = jnp.where(keep_mask(leaf, d.shape, 1 - rate), d, 0.0)
-        return _rescaled(kept, d, rate, rescale)
+        return rescaled(kept, d, 1 - rate, rescale)
 
     return Parts(apply=apply, elementwise=rescale != "norm")
 
@@ -172,6 +178,6 @@ def drop_given(rate: Fraction = 0.9, rescale: Rescale = "inverse") -> Parts:
 
     def apply(d, leaf, seen):
         kept = jnp.where(leaf.stats["mask"] != 0, d, 0.0)
-        return _rescaled(kept, d, rate, rescale)
+        return rescaled(kept, d, 1 - rate, rescale)
 
     return Parts(apply=apply, elementwise=rescale != "norm")

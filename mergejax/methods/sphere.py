@@ -1,0 +1,292 @@
+"""Averages on the sphere: NuSLERP, multi-SLERP and the Karcher mean."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from mergejax.chains import chain
+from mergejax.core import method, reduce
+from mergejax.hyper import Weights
+from mergejax.leaves import as_rows
+from mergejax.methods.elect import per_expert
+
+Scope = Literal["tensor", "row", "column"]
+ITERATIONS, TOLERANCE = 10, 1e-5  # of the Karcher mean, as in mergekit
+
+
+def _vectors(x, layout, scope):
+    """A leaf as rows, each of them one vector, and the way back."""
+    if scope == "tensor":
+        return x.reshape(1, -1), lambda rows: rows.reshape(x.shape)
+    rows, restore = as_rows(x, layout)
+    if scope == "row" or rows.shape[0] == 1:
+        return rows, restore
+    return rows.T, lambda columns: restore(columns.T)
+
+
+def _arc(a, b, t):
+    """The point at t on the arc from a to b, row by row; straight where they are parallel."""
+    lengths = [jnp.sqrt(jnp.sum(x * x, -1, keepdims=True)) for x in (a, b)]
+    units = [x / jnp.maximum(n, 1e-7) for x, n in zip((a, b), lengths, strict=True)]
+    angle = jnp.arccos(jnp.clip(jnp.sum(units[0] * units[1], -1, keepdims=True), -1.0, 1.0))
+    straight = jnp.sin(angle) < 1e-8
+    sine = jnp.where(straight, 1.0, jnp.sin(angle))
+    first = jnp.where(straight, 1 - t, jnp.sin((1 - t) * angle) / sine)
+    second = jnp.where(straight, t, jnp.sin(t * angle) / sine)
+    return first * a + second * b
+
+
+def _weighted_arc(ds, leaf, weights, scope):
+    first, second = per_expert(weights, 2)
+    mass = first + second
+    usable = jnp.abs(mass) >= 1e-6
+    t = jnp.where(usable, second / jnp.where(usable, mass, 1.0), 0.5)
+    (a, restore), (b, _) = (_vectors(d, leaf.layout, scope) for d in ds)
+    return restore(_arc(a, b, t))
+
+
+@reduce(experts=2)
+def delta_arc(weights: Weights = 1.0, scope: Scope = "tensor"):
+    r"""Interpolates the deltas of two experts along the arc between them.
+
+    .. math:: \frac{\sin((1-t)\varphi)\,\tau_1+\sin(t\varphi)\,\tau_2}{\sin\varphi},\qquad
+        t=\frac{w_2}{w_1+w_2}
+
+    Args:
+        weights: w, one per expert; 1 for both gives the middle.
+        scope: one angle for a 'tensor', for each 'row' (all inputs of one output) or for each
+            'column'.
+
+    Returns:
+        A reduction of exactly two experts.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base = {'w': jnp.zeros(2)}
+        >>> experts = [{'w': jnp.asarray([1.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
+        >>> print(mj.merge(mj.delta_arc(), base, experts)['w'].round(4))
+        [0.7071 0.7071]
+    """
+    return lambda ds, leaf, seen: _weighted_arc(ds, leaf, weights, scope)
+
+
+@reduce(space="weights", experts=2)
+def weight_arc(weights: Weights = 1.0, scope: Scope = "tensor"):
+    """Interpolates the weights of two experts along the arc between them, as `delta_arc` does.
+
+    Args:
+        weights: w, one per expert.
+        scope: see `delta_arc`.
+
+    Returns:
+        A reduction of exactly two experts; it needs no base.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> experts = [{'w': jnp.asarray([1.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
+        >>> print(mj.merge(mj.weight_arc([3, 1]), None, experts)['w'].round(4))
+        [0.9239 0.3827]
+    """
+    return lambda ds, leaf, seen: _weighted_arc(ds, leaf, weights, scope)
+
+
+@method
+def nuslerp(
+    weights: Weights = 1.0,
+    scope: Scope = "tensor",
+    of: Literal["deltas", "weights"] = "deltas",
+):
+    r"""Spherical interpolation of two experts by weights, of their deltas or of their weights.
+
+    .. math:: \theta=\theta_0+\frac{\sin((1-t)\varphi)\,\tau_1+\sin(t\varphi)\,\tau_2}{\sin\varphi},
+        \qquad t=\frac{w_2}{w_1+w_2}
+
+    Args:
+        weights: w, one per expert.
+        scope: one angle for a 'tensor', for each 'row' (all inputs of one output) or 'column'.
+        of: 'deltas' needs a base, 'weights' does not.
+
+    Returns:
+        A method of exactly two experts.
+
+    Raises:
+        MergeError: when merging: not exactly two experts.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base = {'w': jnp.zeros(2)}
+        >>> experts = [{'w': jnp.asarray([1.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
+        >>> print(mj.merge(mj.nuslerp(weights=[1, 1]), base, experts)['w'].round(4))
+        [0.7071 0.7071]
+
+    NuSLERP of mergekit 0.1.5.
+    """
+    arcs = {"deltas": delta_arc, "weights": weight_arc}
+    return chain(arcs[of](weights, scope))
+
+
+def _gram(ds):
+    """Inner products [experts, experts] of all experts' leaves."""
+    flat = jnp.stack([d.ravel() for d in ds])
+    return jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _mix(coefficients, ds):
+    return sum(c * d for c, d in zip(coefficients, ds, strict=True))
+
+
+def _positive_or(x, otherwise):
+    return jnp.where(x > 0, x, otherwise)
+
+
+@reduce
+def sphere_mean(weights: Weights = 1.0, normalize: bool = True):
+    r"""Averages the directions of deltas and gives the result their mean length, leaf by leaf.
+
+    .. math:: \Big(\sum_i w_i\|\tau_i\|\Big)\frac{\mu}{\|\mu\|},\qquad
+        \mu=\sum_i w_i\frac{\tau_i}{\|\tau_i\|}
+
+    Args:
+        weights: w, a number or one per expert.
+        normalize: whether the weights are divided by their sum.
+
+    Returns:
+        A reduction; where the directions cancel, the weighted mean.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base = {'w': jnp.zeros(2)}
+        >>> experts = [{'w': jnp.asarray([3.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
+        >>> print(mj.merge(mj.sphere_mean(), base, experts)['w'].round(4))
+        [1.4142 1.4142]
+    """
+
+    def apply(ds, leaf, seen):
+        shares = jnp.stack(per_expert(weights, len(ds)))
+        shares = shares / shares.sum() if normalize else shares
+        gram = _gram(ds)
+        lengths = jnp.sqrt(jnp.diagonal(gram))
+        directions = jnp.where(lengths > 0, shares / _positive_or(lengths, 1.0), 0.0)
+        norm = jnp.sqrt(jnp.maximum(directions @ gram @ directions, 0.0))
+        usable = norm >= 1e-8
+        length = (shares * lengths).sum()
+        return _mix(jnp.where(usable, directions * length / _positive_or(norm, 1.0), shares), ds)
+
+    return apply
+
+
+@method
+def multislerp(weights: Weights = 1.0, normalize: bool = True):
+    r"""Averages the directions of any number of deltas and keeps their mean length.
+
+    .. math:: \theta=\theta_0+\Big(\sum_i w_i\|\tau_i\|\Big)\frac{\mu}{\|\mu\|},\qquad
+        \mu=\sum_i w_i\frac{\tau_i}{\|\tau_i\|}
+
+    Args:
+        weights: w, a number or one per expert.
+        normalize: whether the weights are divided by their sum.
+
+    Returns:
+        A method.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base = {'w': jnp.zeros(2)}
+        >>> experts = [{'w': jnp.asarray([3.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
+        >>> print(mj.merge(mj.multislerp(), base, experts)['w'].round(4))
+        [1.4142 1.4142]
+
+    multislerp of mergekit 0.1.5. Its average in the tangent space at the mean direction is zero by
+    construction, so that this form is all that is left of it.
+    """
+    return chain(sphere_mean(weights, normalize))
+
+
+@reduce(space="weights")
+def karcher_mean(weights: Weights = 1.0):
+    r"""The point on the sphere with the least mean squared angle to all experts, leaf by leaf.
+
+    .. math:: \Big(\sum_i w_i\|\theta_i\|\Big)\,\arg\min_{\|x\|=1}\sum_i w_i
+        \arccos^2\Big\langle x,\frac{\theta_i}{\|\theta_i\|}\Big\rangle
+
+    by ten steps of Riemannian gradient descent. All iterates are combinations of the experts, so
+    the steps are taken on their coefficients, with inner products from one Gram matrix.
+
+    Args:
+        weights: w, a number or one per expert, divided by their sum.
+
+    Returns:
+        A reduction; it needs no base. A zero leaf has no direction and does not count.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> experts = [{'w': jnp.asarray([1.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
+        >>> print(mj.merge(mj.karcher_mean(), None, experts)['w'].round(4))
+        [0.7071 0.7071]
+    """
+
+    def apply(ds, leaf, seen):
+        shares = jnp.stack(per_expert(weights, len(ds)))
+        shares = shares / shares.sum()
+        gram = _gram(ds)
+        lengths = jnp.sqrt(jnp.diagonal(gram))
+        real = lengths > 0
+        inverse = jnp.where(real, 1 / _positive_or(lengths, 1.0), 0.0)
+        cosines = gram * inverse[:, None] * inverse[None, :]
+        counted = jnp.where(real, shares, 0.0)
+        counted = counted / _positive_or(counted.sum(), 1.0)
+        direction = _karcher(cosines, counted)
+        return _mix(direction * inverse * (shares * lengths).sum(), ds)
+
+    return apply
+
+
+def _unit(x, cosines):
+    return x / _positive_or(jnp.sqrt(jnp.maximum(x @ cosines @ x, 0.0)), 1.0)
+
+
+def _karcher(cosines, shares):
+    """Coefficients of the Karcher mean in the experts' directions."""
+
+    def step(_, state):
+        x, done = state
+        cosine = jnp.clip(cosines @ x, -1.0, 1.0)
+        angle = jnp.arccos(cosine)
+        far = angle >= TOLERANCE
+        pull = jnp.where(far, shares * angle / jnp.where(far, jnp.sin(angle), 1.0), 0.0)
+        tangent = pull - (pull * cosine).sum() * x
+        size = jnp.sqrt(jnp.maximum(tangent @ cosines @ tangent, 0.0))
+        done = done | (size < TOLERANCE)
+        moved = jnp.cos(size) * x + jnp.sin(size) / _positive_or(size, 1.0) * tangent
+        return jnp.where(done, x, _unit(moved, cosines)), done
+
+    norm = jnp.sqrt(jnp.maximum(shares @ cosines @ shares, 0.0))
+    first = jnp.zeros_like(shares).at[jnp.argmax(shares > 0)].set(1.0)
+    start = jnp.where(norm < 1e-7, first, shares / _positive_or(norm, 1.0))
+    return jax.lax.fori_loop(0, ITERATIONS, step, (start, jnp.bool_(False)))[0]
+
+
+@method
+def karcher(weights: Weights = 1.0):
+    r"""The Karcher mean of the experts' directions, with their mean length, leaf by leaf.
+
+    .. math:: \theta=\Big(\sum_i w_i\|\theta_i\|\Big)\,\arg\min_{\|x\|=1}\sum_i w_i
+        \arccos^2\Big\langle x,\frac{\theta_i}{\|\theta_i\|}\Big\rangle
+
+    Args:
+        weights: w, a number or one per expert, divided by their sum.
+
+    Returns:
+        A method; it needs no base.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> experts = [{'w': jnp.asarray([1.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
+        >>> print(mj.merge(mj.karcher(), None, experts)['w'].round(4))
+        [0.7071 0.7071]
+
+    The Karcher mean (Karcher, 1977) of whole weights, as in mergekit 0.1.5: at most ten steps,
+    until one is shorter than 1e-5.
+    """
+    return chain(karcher_mean(weights))

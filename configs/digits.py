@@ -30,7 +30,8 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
     args = config_args.parse(argument, methods=(), runlocal=False)
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.methods = args.methods  # none: every method that applies
+    # None: those of `search.RECIPES`, whose values are searched; ("all",): every registered one.
+    config.methods = args.methods
     config.data_dir = ""  # the scans ship with scikit-learn
     config.data = {
         "suite": "digits",

@@ -25,7 +25,8 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
     args = config_args.parse(argument, methods=(), runlocal=False)
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.methods = args.methods  # none: every method that applies
+    # None: those of `search.RECIPES`, whose values are searched; ("all",): every registered one.
+    config.methods = args.methods
     config.data_dir = ""  # folder of TensorFlow Datasets; TFDS_DATA_DIR counts if this is empty
     config.data = {
         "suite": "images",

@@ -96,6 +96,17 @@ def walk(node: Node) -> Iterator[Stage]:
             yield from walk(node.inner)
 
 
+def reduces(node: Node) -> bool:
+    """Whether a chain makes one model of its experts, rather than one for each.
+
+    Example:
+        >>> import mergejax as mj
+        >>> reduces(mj.ties()), reduces(mj.drop())
+        (True, False)
+    """
+    return any(stage.kind in ("reduce", "fold") for stage in walk(node))
+
+
 def chain(*items: Node) -> Chain:
     """Joins stages and methods into one chain.
 

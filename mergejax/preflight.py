@@ -62,7 +62,8 @@ def plan(config: ml_collections.ConfigDict) -> tuple[Plan, list[str]]:
     """The methods of a config with the chains to try for each, and what is left out and why.
 
     Args:
-        config: `methods` (none stands for every one that applies), `search` and `data.tasks`.
+        config: `methods` (none stands for those with something to search, and the average; 'all'
+            for every registered one that applies), `search` and `data.tasks`.
 
     Returns:
         By method its chains; a sentence for every method that does not apply.
@@ -71,8 +72,10 @@ def plan(config: ml_collections.ConfigDict) -> tuple[Plan, list[str]]:
         MergeError: unknown methods and parameters, values out of range.
     """
     experts = len(config.data.tasks)
-    names, left_out = search.applicable(experts)
-    chosen, notes = (list(config.methods), []) if config.methods else (names, left_out)
+    everything = tuple(config.methods) == ("all",)
+    names, left_out = search.applicable(experts, everything)
+    named = config.methods and not everything
+    chosen, notes = (list(config.methods), []) if named else (names, left_out)
     found: Plan = {}
     problems = []
     for name in chosen:

@@ -1,29 +1,19 @@
 """The table of methods, and the string language that composes them.
 
-One line in `METHODS` gives a method its place in the command line and the config language, the
+One line in `_FACTS` gives a method its place in the command line and the config language, the
 documentation's table, the contract tests and the benchmark's list.
 """
 
 import ast
 import dataclasses
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mergejax import chains, hyper
+from mergejax import chains, hyper, methods
 from mergejax.chains import Chain, chain
 from mergejax.errors import MergeError, did_you_mean, some
-from mergejax.methods import combine, elect, sparsify
-from mergejax.methods.average import average, linear
-from mergejax.methods.dare import dare
-from mergejax.methods.emr import emr
-from mergejax.methods.fisher import fisher, fisher_mean
-from mergejax.methods.lines import lines, lines_multi_task
-from mergejax.methods.opcm import opcm, orthogonal_total, to_mean_norm
-from mergejax.methods.regmean import gram_solve, regmean
-from mergejax.methods.slerp import arc, slerp
-from mergejax.methods.tall_masks import consensus, consensus_mask, tall_masks
-from mergejax.methods.task_arithmetic import task_arithmetic
-from mergejax.methods.ties import ties
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +23,10 @@ class Entry:
     Attributes:
         make: (hyper-parameters) -> stage or chain.
         experts: how many experts it takes; None for any number.
+        at_least: how many experts it takes at the least.
         ordered: whether the order of the experts matters.
+        homogeneous: whether deltas c times as large give a merged delta c times as large.
+        exact: whether equal models are returned to the bit, or only up to rounding.
         modifier: whether it stands behind another method rather than alone.
         neutral: hyper-parameters with which a single expert is returned unchanged, or None where
             there are none.
@@ -41,35 +34,83 @@ class Entry:
 
     make: Callable[..., Any]
     experts: int | None = None
+    at_least: int = 1
     ordered: bool = False
+    homogeneous: bool = True
+    exact: bool = True
     modifier: bool = False
     neutral: Mapping[str, Any] | None = None
 
 
-METHODS: dict[str, Entry] = {
-    "average": Entry(average, neutral={}),
-    "linear": Entry(linear, neutral={}),
-    "task_arithmetic": Entry(task_arithmetic, neutral={"scaling": 1.0}),
-    "ties": Entry(ties, neutral={"density": 1.0}),
-    "dare": Entry(dare, neutral={"rate": 0.0, "scaling": 1.0}),
-    "lines": Entry(lines, modifier=True, neutral={"alpha": 1.0, "beta": 0.0}),
-    "lines_multi_task": Entry(lines_multi_task, modifier=True, neutral={"beta": 0.0}),
-    "slerp": Entry(slerp, experts=2, ordered=True),
-    "fisher": Entry(fisher, neutral={}),
-    "regmean": Entry(regmean, neutral={}),
-    "opcm": Entry(opcm, ordered=True, neutral={}),
-    "tall_masks": Entry(tall_masks, neutral={}),
-    "consensus": Entry(consensus, neutral={"agreement": 0, "scaling": 1.0}),
-    "emr": Entry(emr, neutral={}),
-}
+def _declared() -> dict[str, Callable[..., Any]]:
+    """Whatever the modules of `mergejax.methods` declare, by name."""
+    names = [
+        f"{methods.__name__}.{module.name}" for module in pkgutil.iter_modules(methods.__path__)
+    ]
+    modules = [importlib.import_module(name) for name in names]
+    return {
+        name: make
+        for module in modules
+        for name, make in vars(module).items()
+        if hasattr(make, "factory") and make.__module__ == module.__name__
+    }
 
-_SINGLE = (arc, consensus_mask, fisher_mean, gram_solve, orthogonal_total, to_mean_norm)
+
+_DECLARED = _declared()
+_FACTS: dict[str, dict[str, Any]] = {
+    # Averages
+    "average": {"neutral": {}},
+    "linear": {"neutral": {}},
+    "metrics_weighted": {"neutral": {}},
+    "ema": {"ordered": True, "neutral": {}},
+    "window_average": {"ordered": True, "neutral": {}},
+    "slerp": {"experts": 2, "ordered": True},
+    "nuslerp": {"experts": 2},
+    "multislerp": {"neutral": {}},
+    "karcher": {"neutral": {}, "exact": False},
+    "passthrough": {"experts": 1, "neutral": {}},
+    # Arithmetic on deltas
+    "task_arithmetic": {"neutral": {"scaling": 1.0}},
+    "chat_vector": {"experts": 2, "ordered": True},
+    "analogy": {"experts": 3, "ordered": True},
+    "ties": {"neutral": {"density": 1.0}},
+    "dare": {"neutral": {"rate": 0.0, "scaling": 1.0}},
+    "della": {"neutral": {"density": 1.0, "spread": 0.0, "scaling": 1.0}},
+    "breadcrumbs": {"neutral": {"density": 1.0, "top": 0.0, "scaling": 1.0}},
+    "pcb": {"homogeneous": False},
+    "localize_and_stitch": {"neutral": {"density": 1.0}},
+    "magmax": {"neutral": {"scaling": 1.0}},
+    "ram": {"neutral": {"epsilon": 0.0}},
+    "ram_plus": {"neutral": {"epsilon": 0.0}},
+    "sce": {"neutral": {}},
+    "varm": {"neutral": {}},
+    "delta_guided": {"neutral": {}},
+    "frobenius_weighted": {"neutral": {}},
+    "nan": {},
+    "widen": {"neutral": {}, "homogeneous": False},
+    "model_stock": {"at_least": 2},
+    "nearswap": {"experts": 1, "neutral": {"t": 1e6}, "homogeneous": False},
+    "arcee_fusion": {"homogeneous": False},
+    "lines": {"modifier": True, "neutral": {"alpha": 1.0, "beta": 0.0}},
+    "lines_multi_task": {"modifier": True, "neutral": {"beta": 0.0}},
+    # One model for each expert
+    "tall_masks": {"neutral": {}},
+    "consensus": {"neutral": {"agreement": 0, "scaling": 1.0}},
+    "emr": {"neutral": {}},
+    # With statistics of data
+    "fisher": {"neutral": {}},
+    "regmean": {"neutral": {}},
+    # Spectral
+    "opcm": {"ordered": True, "neutral": {}},
+}
+METHODS: dict[str, Entry] = {
+    name: Entry(_DECLARED[name], **facts) for name, facts in _FACTS.items()
+}
 PIECES: dict[str, Callable[..., Any]] = {
     name: make
-    for module in (sparsify, elect, combine)
-    for name, make in vars(module).items()
-    if hasattr(make, "factory")
-} | {make.__name__: make for make in _SINGLE}
+    for name, make in _DECLARED.items()
+    if name not in METHODS and make.factory.kind != "method"  # type: ignore[attr-defined]
+}
 
 _RULES: dict[str, Callable[..., Any]] = {
     "by_name": hyper.by_name,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import api, errors, registry
+from mergejax import api, chains, errors, registry
 
 Tree = Any
 EMPHASIS = "emphasis"  # a weight that each expert in turn has, the others having 1
@@ -90,15 +90,25 @@ def known() -> list[str]:
     return list(dict.fromkeys([*alone, *RECIPES]))
 
 
-def applicable(experts: int) -> tuple[list[str], list[str]]:
-    """The methods for this many experts, and a sentence about each method that is left out."""
+def applicable(experts: int, everything: bool = False) -> tuple[list[str], list[str]]:
+    """The methods for this many experts, and a sentence about each method that is left out.
+
+    Args:
+        experts: how many there are.
+        everything: whether all registered methods are meant, with their default values where
+            this file has no recipe; otherwise those with a recipe, and the plain average.
+    """
     names, left_out = [], []
-    for name in known():
-        wanted = registry.METHODS[name].experts if name in registry.METHODS else None
-        if wanted in (None, experts):
-            names.append(name)
+    for name in known() if everything else ["average", *RECIPES]:
+        entry = registry.METHODS.get(name)
+        if entry and entry.experts not in (None, experts):
+            why = f"it takes {entry.experts} experts and there are {experts}"
+        elif entry and not chains.reduces(entry.make()):
+            why = "it gives one model per expert"
         else:
-            left_out.append(f"{name}: left out, it takes {wanted} experts and there are {experts}")
+            names.append(name)
+            continue
+        left_out.append(f"{name}: left out, {why}")
     return names, left_out
 
 
@@ -134,12 +144,12 @@ def settings(method: str, grid: Mapping[str, Any], experts: int) -> list[str]:
     }
     points = itertools.product(*values.values())
     template = RECIPES[method].template
-    chains = [template.format(**dict(zip(values, point, strict=True))) for point in points]
-    for chain in chains:
+    found = [template.format(**dict(zip(values, point, strict=True))) for point in points]
+    for chain in found:
         registry.parse(chain)
-    if not chains:
+    if not found:
         raise errors.MergeError(f"config.search.{method}: there is no value to try; give one")
-    return list(dict.fromkeys(chains))
+    return list(dict.fromkeys(found))
 
 
 def _emphasised(values: Sequence[float], experts: int) -> tuple[list[float], ...]:

@@ -34,7 +34,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(name, registry):
 def test_contributing_registers_a_method_that_the_language_knows(registry):
     scope = {"__name__": "__main__"}
     exec(compile("\n".join(python_blocks("CONTRIBUTING.md")), "CONTRIBUTING.md", "exec"), scope)
-    assert repr(mj.parse("magmax(scaling=0.7)")) == "magmax(scaling=0.7)"
+    assert repr(mj.parse("median(scaling=0.7)")) == "median(scaling=0.7)"
 
 
 def test_the_reference_page_is_current():

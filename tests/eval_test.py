@@ -181,7 +181,7 @@ def test_the_verdict_is_chosen_on_validation_and_weighs_its_leads_on_test(record
 
 
 def test_the_verdict_keeps_a_base_that_no_merge_beats(records):
-    records["base"] = {**records["base"], "test": {t: "1" * 200 for t in TASKS}}
+    records["base"] = {**records["base"], "test": dict.fromkeys(TASKS, "1" * 200)}
     verdict = report.summarise(records, TASKS, shared=True)["verdict"]
     assert verdict["sentence"].startswith(
         "Keep the base: of the merges dare(rate=0.5) has the best"

@@ -89,12 +89,20 @@ def test_every_grid_makes_distinct_readable_chains():
             mj.parse(chain)
 
 
-def test_every_registered_method_can_be_named():
+def test_methods_with_a_recipe_apply_unless_their_number_of_experts_differs():
     names, left_out = search.applicable(5)
-    alone = {name for name, entry in mj.METHODS.items() if not entry.modifier}
-    assert alone - set(names) == {"slerp"}
+    assert set(names) == {"average", *search.RECIPES} - {"slerp"}
     assert left_out == ["slerp: left out, it takes 2 experts and there are 5"]
     assert "slerp" in search.applicable(2)[0]
+
+
+def test_every_registered_method_is_meant_or_left_out_with_its_reason():
+    names, left_out = search.applicable(5, everything=True)
+    reasons = dict(sentence.split(": left out, ") for sentence in left_out)
+    alone = {name for name, entry in mj.METHODS.items() if not entry.modifier}
+    assert alone | set(search.RECIPES) == {*names, *reasons}
+    assert reasons["tall_masks"] == "it gives one model per expert"
+    assert reasons["nearswap"] == "it takes 1 experts and there are 5"
 
 
 def test_emphasis_gives_each_expert_in_turn_a_weight():

@@ -83,7 +83,7 @@ def compete(
         >>> base = {'w': jnp.zeros(4)}
         >>> experts = [{'w': jnp.asarray([4.0, 1.0, 2.0, 0.5])},
         ...            {'w': jnp.asarray([4.0, -1.0, 0.1, 0.5])}]
-        >>> print(mj.merge(mj.compete(density=0.5, weights=1.0), base, experts)['w'])
+        >>> print(mj.merge(mj.compete(0.5, 1.0, clip=0.0), base, experts)['w'])
         [4. 0. 2. 0.]
     """
 
@@ -131,7 +131,8 @@ def pcb(
     r"""Averages the experts where their changes compete best, in magnitude and with the others.
 
     .. math:: \theta=\theta_0+\frac{\sum_i w_i\tilde\tau_iW_i}{\sum_iW_i},\qquad
-        W_i\propto\max\Big(e^{N a_i^2}\tanh\big(\tau_i\textstyle\sum_j sign(\tau_j)a_j\big)-t_i,\,0\Big)
+        W_i\propto\max\Big(e^{N a_i^2}\tanh\big(\tau_i\textstyle\sum_j sign(\tau_j)a_j\big)
+        -t_i,\,0\Big)
 
     with clamped deltas, their scaled magnitudes :math:`a_i` and thresholds :math:`t_i` as in
     `compete`, all over the whole model.
@@ -156,7 +157,7 @@ def pcb(
         >>> base = {'w': jnp.zeros(4)}
         >>> experts = [{'w': jnp.asarray([4.0, 1.0, 2.0, 0.5])},
         ...            {'w': jnp.asarray([4.0, -1.0, 0.1, 0.5])}]
-        >>> print(mj.merge(mj.pcb(density=0.5, weights=1.0), base, experts)['w'])
+        >>> print(mj.merge(mj.pcb(0.5, 1.0, clip=0.0), base, experts)['w'])
         [4. 0. 2. 0.]
 
     PCB-Merging (Du et al., 2024, arXiv:2410.02396).

@@ -55,8 +55,8 @@ def overlap_mean(
         >>> import jax.numpy as jnp, mergejax as mj
         >>> base = {'w': jnp.zeros(2)}
         >>> experts = [{'w': jnp.asarray([3.0, 1.0])}, {'w': jnp.asarray([0.0, 2.0])}]
-        >>> print(mj.merge(mj.overlap_mean(gain=1.0), base, experts)['w'])
-        [3.6 1.5]
+        >>> print(mj.merge(mj.overlap_mean(gain=1.0, limit=0.5), base, experts)['w'])
+        [4.5 1.5]
     """
 
     def apply(ds, leaf, seen):

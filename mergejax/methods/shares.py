@@ -144,7 +144,7 @@ def sce(density: Fraction = 0.1):
         >>> base = {'w': jnp.zeros(2)}
         >>> experts = [{'w': jnp.asarray([3.0, 1.0])}, {'w': jnp.asarray([-1.0, 1.0])}]
         >>> print(mj.merge(mj.sce(density=1.0), base, experts)['w'])
-        [3. 0.]
+        [3. 1.]
 
     FuseChat (Wan et al., 2024, arXiv:2408.07990), as described there and in mergekit; the
     authors' code takes the weights from the selected elements but merges all of them. A single
@@ -165,9 +165,9 @@ def varm():
     Example:
         >>> import jax.numpy as jnp, mergejax as mj
         >>> base = {'w': jnp.zeros(2)}
-        >>> experts = [{'w': jnp.asarray([3.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
+        >>> experts = [{'w': jnp.asarray([2.0, 2.0])}, {'w': jnp.asarray([0.0, 0.0])}]
         >>> print(mj.merge(mj.varm(), base, experts)['w'])
-        [2.7 0.1]
+        [2. 2.]
 
     FuseChat-7B-VaRM (Wan et al., 2024, arXiv:2402.16107); that the variation ratio is squared is
     this library's reading, the authors publish no formula in code.

@@ -85,8 +85,8 @@ def weight_arc(weights: Weights = 1.0, scope: Scope = "tensor"):
     Example:
         >>> import jax.numpy as jnp, mergejax as mj
         >>> experts = [{'w': jnp.asarray([1.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
-        >>> print(mj.merge(mj.weight_arc([3, 1]), None, experts)['w'].round(4))
-        [0.9239 0.3827]
+        >>> print(mj.merge(mj.weight_arc([1, 1]), None, experts)['w'].round(4))
+        [0.7071 0.7071]
     """
     return lambda ds, leaf, seen: _weighted_arc(ds, leaf, weights, scope)
 

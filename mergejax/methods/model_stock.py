@@ -1,0 +1,97 @@
+"""Model Stock: how far to go from the base towards the average, from the angles between deltas."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from mergejax.chains import chain
+from mergejax.core import method, reduce
+from mergejax.leaves import as_rows
+
+Scope = Literal["tensor", "row"]
+Angle = Literal["cosine", "degrees"]
+
+
+def _mean_cosine(ds, angle):
+    """The mean over pairs of experts of the cosine between their vectors, row by row."""
+    grams = jnp.einsum("tri,sri->rts", ds, ds, precision=jax.lax.Precision.HIGHEST)
+    lengths = jnp.sqrt(jnp.diagonal(grams, axis1=1, axis2=2))
+    product = lengths[:, :, None] * lengths[:, None, :]
+    cosines = jnp.where(product > 0, grams / jnp.where(product > 0, product, 1.0), 0.0)
+    first, second = jnp.triu_indices(len(ds), 1)
+    pairs = jnp.clip(cosines[:, first, second], -1.0, 1.0)
+    return pairs.mean(-1) if angle == "cosine" else jnp.cos(jnp.arccos(pairs).mean(-1))
+
+
+@reduce(at_least=2)
+def toward_mean(scope: Scope = "tensor", angle: Angle = "cosine", clip: bool = False):
+    r"""Scales the mean delta by how well the experts agree.
+
+    .. math:: \tau_m=\frac{Nc}{1+(N-1)c}\,\frac1N\sum_i\tau_i,\qquad
+        c=\frac{2}{N(N-1)}\sum_{i<j}\cos(\tau_i,\tau_j)
+
+    Args:
+        scope: one c for a 'tensor' or for each 'row' (all inputs of one output).
+        angle: whether 'cosine's are averaged, or angles ('degrees') and c is the cosine of that.
+        clip: whether the factor is kept within [0, 1].
+
+    Returns:
+        A reduction of two experts or more; where the factor has no value (:math:`c=-1/(N-1)`) or
+        deltas are zero, it is 0.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base = {'w': jnp.zeros(2)}
+        >>> experts = [{'w': jnp.asarray([1.0, 0.0])}, {'w': jnp.asarray([0.6, 0.8])}]
+        >>> print(mj.merge(mj.toward_mean(), base, experts)['w'])
+        [0.6 0.3]
+    """
+
+    def apply(ds, leaf, seen):
+        views = [as_rows(d, leaf.layout) for d in ds]
+        rows, restore = jnp.stack([rows for rows, _ in views]), views[0][1]
+        if scope == "tensor":
+            rows, restore = rows.reshape(len(ds), 1, -1), lambda x: views[0][1](x.reshape(whole))
+        whole = views[0][0].shape
+        cosine = _mean_cosine(rows, angle)
+        below = 1 + (len(ds) - 1) * cosine
+        usable = jnp.abs(below) >= 1e-6
+        factor = jnp.where(usable, len(ds) * cosine / jnp.where(usable, below, 1.0), 0.0)
+        factor = jnp.clip(factor, 0.0, 1.0) if clip else factor
+        return restore(factor[:, None] * rows.mean(0))
+
+    return apply
+
+
+@method
+def model_stock(scope: Scope = "tensor", angle: Angle = "cosine", clip: bool = False):
+    r"""Moves from the base towards the average as far as the angles between deltas say.
+
+    .. math:: \theta=t\,\frac1N\sum_i\theta_i+(1-t)\,\theta_0,\qquad t=\frac{Nc}{1+(N-1)c}
+
+    with c the mean cosine between the experts' deltas.
+
+    Args:
+        scope: one t for a 'tensor' or for each 'row' (all inputs of one output), the paper's
+            filter-wise form.
+        angle: 'cosine' (mergekit) or 'degrees' (FusionBench, which averages angles).
+        clip: whether t is kept within [0, 1]; a negative mean cosine moves away from the experts
+            otherwise.
+
+    Returns:
+        A method of two experts or more.
+
+    Raises:
+        MergeError: when merging: fewer than two experts.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base = {'w': jnp.zeros(2)}
+        >>> experts = [{'w': jnp.asarray([1.0, 0.0])}, {'w': jnp.asarray([0.6, 0.8])}]
+        >>> print(mj.merge(mj.model_stock(), base, experts)['w'])
+        [0.6 0.3]
+
+    Model Stock (Jang et al., 2024, arXiv:2403.19522). Cosines of zero deltas count as 0.
+    """
+    return chain(toward_mean(scope, angle, clip))

@@ -1,0 +1,111 @@
+"""WIDEN: weigh each input's column by how much its length and its direction changed."""
+
+import jax
+import jax.numpy as jnp
+
+from mergejax.chains import chain
+from mergejax.core import method, reduce
+from mergejax.hyper import NonNegative
+from mergejax.leaves import as_matrix
+
+
+def _units(x, layout):
+    """One row for each input (or token), holding its weights; and the way back."""
+    if layout:
+        return as_matrix(x, layout)
+    return x.reshape(-1, x.shape[-1]), lambda rows: rows.reshape(x.shape)
+
+
+def _ranks(x):
+    """The place of each element in the stable ascending order, over the number of elements."""
+    order = jnp.argsort(x, stable=True)
+    places = jnp.arange(x.size, dtype=jnp.float32) / x.size
+    return jnp.zeros_like(x).at[order].set(places, unique_indices=True)
+
+
+def _scores(significance, ratio, value):
+    """Softmax over experts; significances far above an expert's own mean get a fixed score."""
+    shares = jax.nn.softmax(significance, axis=0)
+    mean = significance.reshape(significance.shape[0], -1).mean(1)
+    limit = ratio * mean.reshape(-1, *[1] * (significance.ndim - 1))
+    return jnp.where(significance > limit, value, shares)
+
+
+def _length_and_direction(rows, base):
+    lengths = [jnp.sqrt(jnp.square(x).sum(1)) for x in (rows, base)]
+    units = [
+        x / jnp.where(n > 0, n, 1.0)[:, None] for x, n in zip((rows, base), lengths, strict=True)
+    ]
+    real = (lengths[0] > 0) & (lengths[1] > 0)
+    return jnp.abs(lengths[0] - lengths[1]), jnp.where(real, 1 - (units[0] * units[1]).sum(1), 0.0)
+
+
+@reduce
+def disentangled(ratio: NonNegative = 1.0, value: NonNegative = 1.0):
+    r"""Weighs each input's delta by the ranks of the changes of its length and its direction.
+
+    .. math:: \tau_m[j]=\sum_i\tfrac12(s^\mu_i[j]+s^d_i[j])\,\tau_i[j],\qquad
+        s_i=softmax_i\big(rank_j(\Delta_i[j])/n\big)
+
+    with :math:`\Delta^\mu=|\mu_i-\mu_0|` of the columns' lengths and :math:`\Delta^d` one minus the
+    cosine between the columns; s becomes `value` where an expert's rank exceeds `ratio` times its
+    mean. Vectors take :math:`|\tau|` itself in place of a rank, element by element.
+
+    Args:
+        ratio: of the mean rank above which a column counts as significant.
+        value: the score of significant columns.
+
+    Returns:
+        A reduction. The columns of a kernel are its inputs, those of an embedding its tokens.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base, expert = {'kernel': jnp.eye(2)}, {'kernel': 2 * jnp.eye(2)}
+        >>> print(mj.merge(mj.disentangled(), base, [expert])['kernel'])
+        [[2. 0.]
+         [0. 2.]]
+    """
+
+    def apply(ds, leaf, seen):
+        if ds[0].ndim < 2:
+            deltas = jnp.stack(ds)
+            return (_scores(jnp.abs(deltas), ratio, value) * deltas).sum(0)
+        base, restore = _units(leaf.base, leaf.layout)
+        rows = [_units(d, leaf.layout)[0] for d in ds]
+        changes = [_length_and_direction(base + d, base) for d in rows]
+        scores = [
+            _scores(jnp.stack([_ranks(change) for change in several]), ratio, value)
+            for several in zip(*changes, strict=True)
+        ]
+        weights = (scores[0] + scores[1]) / 2
+        return restore(sum(w[:, None] * d for w, d in zip(weights, rows, strict=True)))
+
+    return apply
+
+
+@method
+def widen(ratio: NonNegative = 1.0, value: NonNegative = 1.0):
+    r"""Disentangles weights into lengths and directions and weighs columns by how they changed.
+
+    .. math:: \theta[j]=\theta_0[j]+\sum_i\tfrac12(s^\mu_i[j]+s^d_i[j])\,\tau_i[j]
+
+    with scores s from the ranks of the changes, see `disentangled`. For experts that moved by very
+    different amounts, such as an instruction-tuned and a continually pre-trained model.
+
+    Args:
+        ratio: of the mean rank above which a column counts as significant.
+        value: the score of significant columns.
+
+    Returns:
+        A method. The scores of a column need not add up to one, as published.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base, expert = {'kernel': jnp.eye(2)}, {'kernel': 2 * jnp.eye(2)}
+        >>> print(mj.merge(mj.widen(), base, [expert])['kernel'])
+        [[2. 0.]
+         [0. 2.]]
+
+    WIDEN (Yu et al., 2024, arXiv:2408.03092), as in the authors' code.
+    """
+    return chain(disentangled(ratio, value))

@@ -103,7 +103,7 @@ def applicable(experts: int, everything: bool = False) -> tuple[list[str], list[
         entry = registry.METHODS.get(name)
         if entry and entry.experts not in (None, experts):
             why = f"it takes {entry.experts} experts and there are {experts}"
-        elif entry and not chains.reduces(entry.make()):
+        elif entry and name not in RECIPES and not chains.reduces(entry.make()):
             why = "it gives one model per expert"
         else:
             names.append(name)

@@ -27,17 +27,19 @@ from mergejax.registry import parse as parse
 from mergejax.registry import register as register
 from mergejax.version import __version__ as __version__
 
+# Not everybody needs them, and the collectors import Flax, which takes a second.
+_PACKAGES = ("collect", "lowrank")
+
 
 def __getattr__(name: str) -> Any:
     if name in METHODS:
         return METHODS[name].make
     if name in PIECES:
         return PIECES[name]
-    # Collectors import Flax, which takes a second that not everybody needs.
-    if name == "collect":
-        return importlib.import_module("mergejax.collect")
+    if name in _PACKAGES:
+        return importlib.import_module(f"mergejax.{name}")
     raise AttributeError(f"mergejax has no '{name}', {did_you_mean(name, __dir__())}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *METHODS, *PIECES, "collect"})
+    return sorted({*globals(), *METHODS, *PIECES, *_PACKAGES})

@@ -171,19 +171,54 @@ def parse(text: str) -> Chain:
         >>> parse('ties(density=by_depth([0.1, 0.3]), scope="tensor")')
         ties(density=by_depth([0.1, 0.3]), scope='tensor')
     """
+    node = _read(_syntax(text), text)
+    if not isinstance(node, chains.Node):
+        raise MergeError(f"'{text}' is a value, not a method; write it as 'ties(density=0.2)'")
+    return chain(node)
+
+
+def read_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Reads one name with its arguments, for tables of words beside the methods.
+
+    Returns:
+        The name, the arguments without and those with a name.
+
+    Raises:
+        MergeError: anything that is not of this form.
+
+    Example:
+        >>> read_call('svd(rank=8)')
+        ('svd', [], {'rank': 8})
+    """
+    node = _syntax(text)
+    match node:
+        case ast.Name():
+            return node.id, [], {}
+        case ast.Call(func=ast.Name(id=name)):
+            return name, *_arguments(name, node, text)
+    raise MergeError(f"'{text}' is not one name with its parameters; write it as 'svd(rank=8)'")
+
+
+def _syntax(text: Any) -> ast.expr:
     if not isinstance(text, str) or not text.strip():
         raise MergeError(f"a method is a text such as 'ties(density=0.2)', not {text!r}")
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = getattr(error, "msg", None) or str(error)
         raise MergeError(
             f"method '{text}' cannot be read ({reason}); write it as 'drop(rate=0.9)|ties()'"
         ) from None
-    node = _read(tree.body, text)
-    if not isinstance(node, chains.Node):
-        raise MergeError(f"'{text}' is a value, not a method; write it as 'ties(density=0.2)'")
-    return chain(node)
+
+
+def _arguments(name: str, node: ast.Call, text: str) -> tuple[list[Any], dict[str, Any]]:
+    given = [keyword.arg for keyword in node.keywords]
+    if None in given:
+        raise MergeError(f"'{text}': '**' is not part of the language; name the parameters")
+    if twice := sorted({k for k in given if k and given.count(k) > 1}):
+        raise MergeError(f"{name}() is given {some(twice)} twice; keep one")
+    arguments = [_read_value(argument, text) for argument in node.args]
+    return arguments, {k.arg: _read_value(k.value, text) for k in node.keywords if k.arg}
 
 
 def _read(node: ast.expr, text: str) -> Any:
@@ -193,14 +228,7 @@ def _read(node: ast.expr, text: str) -> Any:
         case ast.Name():
             return _word(node.id)()
         case ast.Call(func=ast.Name(id=name)):
-            given = [keyword.arg for keyword in node.keywords]
-            if None in given:
-                raise MergeError(f"'{text}': '**' is not part of the language; name the parameters")
-            if twice := sorted({k for k in given if k and given.count(k) > 1}):
-                raise MergeError(f"{name}() is given {some(twice)} twice; keep one")
-            arguments = [_read_value(argument, text) for argument in node.args]
-            named = {k.arg: _read_value(k.value, text) for k in node.keywords if k.arg}
-            return _call(_word(name), arguments, named)
+            return _call(_word(name), *_arguments(name, node, text))
     raise MergeError(
         f"'{ast.unparse(node)}' in '{text}' is not a method; write names with their parameters, "
         "joined by '|'"

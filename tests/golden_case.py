@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,6 +98,7 @@ class Translation:
     stats: dict = dataclasses.field(default_factory=dict)
     options: dict = dataclasses.field(default_factory=dict)
     draw: "Draw | None" = None
+    result: Callable[[], Any] | None = None  # trees by prefix, where `mj.merge` does not merge
 
 
 def several(value, count, label):

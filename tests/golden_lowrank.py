@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
-from golden_case import Case, Translation, several
+import numpy as np
+from golden_case import Case, Translation, Untranslatable, exactly, several
 
 import mergejax as mj
+from mergejax.lowrank.knots import joint_coordinates
 
 # --- masks ----------------------------------------------------------------------------------------
 
@@ -30,8 +32,98 @@ def _emr(case):
     return Translation(mj.emr(rescale="tensor_mean"), case.base, case.experts)
 
 
+# --- low-rank factors -----------------------------------------------------------------------------
+
+
+def _merged(case, adapters, method, **options):
+    """Adapters are merged by themselves; their delta is then added to the base."""
+
+    def result():
+        merged = getattr(mj.lowrank, method)(adapters, **options)
+        return {"expected": mj.lowrank.apply(case.base, merged, layout=case.layout)}
+
+    return Translation(None, case.base, case.experts, result=result)
+
+
+def _as_factors(case):
+    """Deltas of whole matrices as factors, the second one the identity."""
+    adapters = [{} for _ in case.experts]
+    for name, base in case.base.items():
+        if np.ndim(base) == 2:
+            for adapter, expert in zip(adapters, case.experts, strict=True):
+                delta = np.asarray(expert[name], np.float32) - np.asarray(base, np.float32)
+                adapter[name] = mj.lowrank.Factors(delta.T, np.eye(len(delta), dtype=np.float32))
+    return adapters
+
+
+def _lora(case):
+    """Recorded factors: A is [r, in], B is [out, r]."""
+    take = case.parameters.take
+    downs, ups = case.numbered("lora_a"), case.numbered("lora_b")
+    ranks, alphas = take("ranks", None), take("lora_alpha", None)
+    scales = take("scaling", None) or [a / r for a, r in zip(alphas, ranks, strict=True)]
+    adapters = []
+    for a, b, scale in zip(downs, ups, several(scales, len(downs), "scaling"), strict=True):
+        pairs = {name: (np.asarray(a[name]).T, np.asarray(b[name]).T) for name in a}
+        adapters.append({name: mj.lowrank.Factors(*pair, scale) for name, pair in pairs.items()})
+    return adapters
+
+
+def _lora_soups(case):
+    case.parameters.take("mode", "cat", ("cat",))
+    logits = case.tensors.get("logits", {})
+    rules = {exactly([name])[0]: list(map(float, np.asarray(v))) for name, v in logits.items()}
+    learned = mj.by_name(rules) if rules else 0.0
+    return _merged(case, _lora(case), "cat", logits=learned)
+
+
+def _knots(case):
+    take = case.parameters.take
+    take("merge_method", "ties", ("ties",))
+    percent = take("topK")
+    if not 0 < percent <= 100:
+        raise Untranslatable(f"topK={percent}")
+    host = mj.ties(
+        density=percent / 100,
+        reduction=take("merging_type", "mean", ("mean", "sum", "max")),
+    )
+    return _merged(
+        case,
+        _as_factors(case),
+        "knots",
+        host=host,
+        scaling=take("scaling", 1.0),
+        shared="output" if take("concat_across_output", True, (True, False)) else "input",
+        cutoff=1e-5,
+        relative=False,
+    )
+
+
+def _knots_alignment(case):
+    """Singular values, coordinates up to their signs, and what they give back."""
+    case.parameters.take("svd_dtype", "float64", ("float64",))
+    cutoff = case.parameters.take("eps")
+    adapters = _as_factors(case)
+
+    def result():
+        found = {"S": {}}
+        for name in adapters[0]:
+            several = [adapter[name] for adapter in adapters]
+            coordinates, basis, values = joint_coordinates(several, "output", cutoff, False)
+            found["S"][name] = values
+            for i, z in enumerate(coordinates):
+                found.setdefault(f"abs_sv{i}", {})[name] = abs(z.T)
+                found.setdefault(f"aligned{i}", {})[name] = basis @ z.T
+        return found
+
+    return Translation(None, case.base, case.experts, result=result)
+
+
 TRANSLATIONS: dict[str, Callable[[Case], Translation]] = {
     "consensus": _consensus,
     "fusion_bench/emr_merging": _emr,
+    "fusion_bench/knots": _knots_alignment,
+    "knots + ties": _knots,
+    "lora_soups (cat)": _lora_soups,
     "tall_mask": _tall_masks,
 }

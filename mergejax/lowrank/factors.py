@@ -174,7 +174,7 @@ def _problems(label: str, factors: Any) -> list[str]:
     return [message] if bad else []
 
 
-def concatenated(several: Sequence[Factors], weights: Sequence[Any]) -> Factors:
+def concatenated(several: Sequence[Factors], weights: Any) -> Factors:
     """The weighted sum of products as one product, scales and weights folded into `up`."""
     pairs = [folded(factors) for factors in several]
     ups = [jnp.asarray(w, jnp.float32) * up for w, (_, up) in zip(weights, pairs, strict=True)]

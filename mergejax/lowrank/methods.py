@@ -67,7 +67,7 @@ def _list_problems(label: str, value: Any, adapter: Adapter, count: int) -> list
     return [f"{label} has {shape[0]} numbers, but {wanted}"]
 
 
-def numbers_at(value: Any, name: str, count: int) -> jax.Array:
+def numbers_at(value: Any, name: str, count: int) -> Any:
     """A hyper-parameter at one leaf: one number per adapter, float32."""
     return jnp.broadcast_to(jnp.asarray(hyper.resolve(value, name, 0.0), jnp.float32), (count,))
 
@@ -161,7 +161,8 @@ def svd(
     """
     merged = {}
     for name, factors in concatenate(adapters, weights=weights).items():
-        best = balanced(*product_svd(factors), rank)
+        u, values, vt = product_svd(factors)
+        best = balanced(u, values, vt, rank)
         merged[name] = Factors(best.down, numbers_at(scaling, name, 1)[0] * best.up, best.scale)
     return merged
 

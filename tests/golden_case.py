@@ -15,6 +15,10 @@ LEFT_OUT = "left out of a golden comparison"
 REQUIRED = object()
 
 
+class NotBuilt(Exception):
+    """A form of a method that this library does not have yet."""
+
+
 class Untranslatable(Exception):
     """A parameter or a value that this library has no word for."""
 
@@ -73,11 +77,19 @@ class Case:
 
 
 class Draw(NamedTuple):
-    """A method that drops at random, taken apart: what is dropped, and the method behind it."""
+    """A method that drops at random, taken apart.
+
+    Attributes:
+        rates: fraction that is dropped, for each expert.
+        rescale: see `mj.drop`.
+        host: the method behind it.
+        stage: what draws masks of our own, given how they are rescaled; None for `mj.drop`.
+    """
 
     rates: Sequence[float]
     rescale: str
     host: Any
+    stage: Callable[[str], Any] | None = None
 
     def given(self):
         """With recorded masks."""
@@ -85,7 +97,12 @@ class Draw(NamedTuple):
 
     def random(self):
         """With masks of our own."""
-        return mj.chain(mj.drop(rate=list(self.rates), rescale=self.rescale), self.host)
+        return mj.chain(self.dropped(self.rescale), self.host)
+
+    def dropped(self, rescale):
+        """Masks of our own, and nothing behind them."""
+        stage = self.stage or (lambda rescale: mj.drop(rate=list(self.rates), rescale=rescale))
+        return stage(rescale)
 
 
 @dataclasses.dataclass

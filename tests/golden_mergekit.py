@@ -33,26 +33,40 @@ def linear(case):
 
 
 def deltas(case):
-    """mergekit's task_arithmetic, ties, dare_linear and dare_ties: one pipeline, four presets."""
+    """mergekit's methods on deltas: one pipeline, eight presets."""
     name = case.method.split("/")[-1]
     take, count = case.parameters.take, len(case.experts)
     weights = several(take("weight"), count, "weight")
     densities = several(take("density", 1.0), count, "density")
-    rescale = take("rescale", name.startswith("dare"), (True, False))
-    normalize = take("normalize", name == "ties", (True, False))
+    rescale = take("rescale", name.startswith(("dare", "della")), (True, False))
+    normalize = take("normalize", name in ("ties", "della"), (True, False))
     scaling = take("lambda", 1.0)
     consensus = take("consensus_method", "sum", ("sum", "count"))
     take("int8_mask", False)  # the type of an intermediate mask; no effect on the result
-    mixed = _mixed(weights, normalize, consensus if name.endswith("ties") else None)
+    elects = name.endswith("ties") or name == "della"
+    mixed = _mixed(weights, normalize, consensus if elects else None)
+    if isinstance(scaling, list):  # one a model, of which the peer takes the first
+        scaling = scaling[0]
     host = mj.chain(*mixed, mj.scale(scaling))
-    if name.startswith("dare"):
+    if name.startswith(("dare", "della")):
         # A density of one is no draw, so the peer has no mask for it.
         rates = [max(0.0, 1 - density) for density in densities]
-        draw = Draw(rates, "norm" if rescale else "none", host)
+        stage = None
+        if name.startswith("della"):
+            spreads = several(take("epsilon", 0.15), count, "epsilon")
+            stage = lambda rescale: mj.drop_by_rank(densities, spreads, rescale)
+        draw = Draw(rates, "norm" if rescale else "none", host, stage)
         stats = {"mask": given_masks(case, rates)}
         return Translation(draw.given(), case.base, case.experts, stats, draw=draw)
-    if rescale and name == "ties":
-        raise Untranslatable("mergekit/ties with rescale: the norm is not restored after a trim")
+    if rescale and name != "task_arithmetic":
+        raise Untranslatable(f"mergekit/{name} with rescale: no norm is restored after a trim")
+    if name.startswith("breadcrumbs"):
+        tops = several(take("gamma", 0.01), count, "gamma")
+        densities = [min(1.0, density) for density in densities]
+        band = mj.trim_band(
+            densities, [t if d < 1 else 0.0 for t, d in zip(tops, densities, strict=True)], "tensor"
+        )
+        host = mj.chain(band, host)
     if name == "ties":
         densities = [min(1.0, density) for density in densities]
         host = mj.chain(mj.trim(density=densities, scope="tensor", cut="exact"), host)

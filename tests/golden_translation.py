@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
+import golden_elementwise as elementwise
 import golden_lowrank as lowrank
 import golden_mergekit as mergekit
 import numpy as np
@@ -266,8 +267,12 @@ TRANSLATIONS: dict[str, Callable[[Case], Translation]] = {
     "fusion_bench/weighted_average": _weighted_average,
     "lines (sum)": _lines,
     "lines (ties)": _lines,
+    "mergekit/breadcrumbs": mergekit.deltas,
+    "mergekit/breadcrumbs_ties": mergekit.deltas,
     "mergekit/dare_linear": mergekit.deltas,
     "mergekit/dare_ties": mergekit.deltas,
+    "mergekit/della": mergekit.deltas,
+    "mergekit/della_linear": mergekit.deltas,
     "mergekit/linear": mergekit.linear,
     "mergekit/slerp": _slerp,
     "mergekit/task_arithmetic": mergekit.deltas,
@@ -282,4 +287,6 @@ TRANSLATIONS: dict[str, Callable[[Case], Translation]] = {
     "regmean": _regmean("model_lambda", mean=False),
     "ties (global trim)": _ties_global,
     "ties (per tensor)": lambda case: _ties_masked(case, "tensor"),
-} | lowrank.TRANSLATIONS
+    **elementwise.TRANSLATIONS,
+    **lowrank.TRANSLATIONS,
+}

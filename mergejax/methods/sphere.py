@@ -7,12 +7,11 @@ import jax.numpy as jnp
 
 from mergejax.chains import chain
 from mergejax.core import method, reduce
-from mergejax.hyper import Weights
+from mergejax.hyper import Positive, Weights
 from mergejax.leaves import as_rows
 from mergejax.methods.elect import per_expert
 
 Scope = Literal["tensor", "row", "column"]
-ITERATIONS, TOLERANCE = 10, 1e-5  # of the Karcher mean, as in mergekit
 
 
 def _vectors(x, layout, scope):
@@ -204,17 +203,20 @@ def multislerp(weights: Weights = 1.0, normalize: bool = True):
 
 
 @reduce(space="weights")
-def karcher_mean(weights: Weights = 1.0):
+def karcher_mean(weights: Weights = 1.0, iterations: int = 10, tolerance: Positive = 1e-5):
     r"""The point on the sphere with the least mean squared angle to all experts, leaf by leaf.
 
     .. math:: \Big(\sum_i w_i\|\theta_i\|\Big)\,\arg\min_{\|x\|=1}\sum_i w_i
         \arccos^2\Big\langle x,\frac{\theta_i}{\|\theta_i\|}\Big\rangle
 
-    by ten steps of Riemannian gradient descent. All iterates are combinations of the experts, so
+    by Riemannian gradient descent. All iterates are combinations of the experts, so
     the steps are taken on their coefficients, with inner products from one Gram matrix.
 
     Args:
         weights: w, a number or one per expert, divided by their sum.
+        iterations: steps at most.
+        tolerance: a step shorter than this, in radians, is the last; experts nearer than that to
+            the mean do not pull.
 
     Returns:
         A reduction; it needs no base. A zero leaf has no direction and does not count.
@@ -236,7 +238,7 @@ def karcher_mean(weights: Weights = 1.0):
         cosines = gram * inverse[:, None] * inverse[None, :]
         counted = jnp.where(real, shares, 0.0)
         counted = counted / _positive_or(counted.sum(), 1.0)
-        direction = _karcher(cosines, counted)
+        direction = _karcher(cosines, counted, iterations, tolerance)
         return _mix(direction * inverse * (shares * lengths).sum(), ds)
 
     return apply
@@ -246,29 +248,29 @@ def _unit(x, cosines):
     return x / _positive_or(jnp.sqrt(jnp.maximum(x @ cosines @ x, 0.0)), 1.0)
 
 
-def _karcher(cosines, shares):
+def _karcher(cosines, shares, iterations, tolerance):
     """Coefficients of the Karcher mean in the experts' directions."""
 
     def step(_, state):
         x, done = state
         cosine = jnp.clip(cosines @ x, -1.0, 1.0)
         angle = jnp.arccos(cosine)
-        far = angle >= TOLERANCE
+        far = angle >= tolerance
         pull = jnp.where(far, shares * angle / jnp.where(far, jnp.sin(angle), 1.0), 0.0)
         tangent = pull - (pull * cosine).sum() * x
         size = jnp.sqrt(jnp.maximum(tangent @ cosines @ tangent, 0.0))
-        done = done | (size < TOLERANCE)
+        done = done | (size < tolerance)
         moved = jnp.cos(size) * x + jnp.sin(size) / _positive_or(size, 1.0) * tangent
         return jnp.where(done, x, _unit(moved, cosines)), done
 
     norm = jnp.sqrt(jnp.maximum(shares @ cosines @ shares, 0.0))
     first = jnp.zeros_like(shares).at[jnp.argmax(shares > 0)].set(1.0)
     start = jnp.where(norm < 1e-7, first, shares / _positive_or(norm, 1.0))
-    return jax.lax.fori_loop(0, ITERATIONS, step, (start, jnp.bool_(False)))[0]
+    return jax.lax.fori_loop(0, iterations, step, (start, jnp.bool_(False)))[0]
 
 
 @method
-def karcher(weights: Weights = 1.0):
+def karcher(weights: Weights = 1.0, iterations: int = 10, tolerance: Positive = 1e-5):
     r"""The Karcher mean of the experts' directions, with their mean length, leaf by leaf.
 
     .. math:: \theta=\Big(\sum_i w_i\|\theta_i\|\Big)\,\arg\min_{\|x\|=1}\sum_i w_i
@@ -276,6 +278,8 @@ def karcher(weights: Weights = 1.0):
 
     Args:
         weights: w, a number or one per expert, divided by their sum.
+        iterations: steps at most.
+        tolerance: a step shorter than this, in radians, is the last.
 
     Returns:
         A method; it needs no base.
@@ -286,7 +290,6 @@ def karcher(weights: Weights = 1.0):
         >>> print(mj.merge(mj.karcher(), None, experts)['w'].round(4))
         [0.7071 0.7071]
 
-    The Karcher mean (Karcher, 1977) of whole weights, as in mergekit 0.1.5: at most ten steps,
-    until one is shorter than 1e-5.
+    The Karcher mean (Karcher, 1977) of whole weights, as in mergekit 0.1.5.
     """
-    return chain(karcher_mean(weights))
+    return chain(karcher_mean(weights, iterations, tolerance))

@@ -28,7 +28,7 @@ from mergejax.registry import register as register
 from mergejax.version import __version__ as __version__
 
 # Not everybody needs them, and the collectors import Flax, which takes a second.
-_PACKAGES = ("collect", "lowrank")
+_PACKAGES = ("collect", "compress", "lowrank")
 
 
 def __getattr__(name: str) -> Any:

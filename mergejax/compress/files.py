@@ -1,0 +1,129 @@
+"""Packed deltas in safetensors files, tied to the base that they belong to."""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from mergejax.compress.packed import Packed
+from mergejax.door import Tree, leaves_by_name
+from mergejax.errors import MergeError
+
+FORMAT, VERSION = "mergejax.compress", "1"
+
+
+def fingerprint(base: Tree) -> str:
+    """The SHA-256 of a tree's leaf names, shapes, types and bytes, as hexadecimal digits.
+
+    Example:
+        >>> fingerprint({'w': np.zeros(2, np.float32)})[:8]
+        'b9362c06'
+    """
+    leaves, _ = leaves_by_name(base, "the base")
+    return _digest(leaves)
+
+
+def _digest(arrays: dict[str, Any], *texts: str) -> str:
+    digest = hashlib.sha256(json.dumps(texts).encode())
+    for name in sorted(arrays):
+        x = np.ascontiguousarray(arrays[name])
+        digest.update(json.dumps([name, list(np.shape(arrays[name])), str(x.dtype)]).encode())
+        digest.update(x.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _content(arrays: dict[str, Any], header: dict[str, str]) -> str:
+    told = (header.get(field, "") for field in ("method", "experts", "leaves", "base"))
+    return _digest(arrays, *told)
+
+
+def save(path: str | os.PathLike[str], packed: Packed, base: Tree) -> None:
+    """Writes packed deltas to a safetensors file, whole or not at all.
+
+    The header says the method with its parameters, the format's version, the leaves, and the
+    hashes of the base and of the content.
+
+    Args:
+        path: of the file; one that exists is replaced.
+        packed: see `mj.compress.encode`.
+        base: the model that the deltas belong to.
+
+    Example:
+        >>> import mergejax as mj, pathlib, tempfile
+        >>> base = {'w': np.zeros(8, np.float32)}
+        >>> packed = mj.compress.encode('bit_delta()', [{'w': np.ones(8, np.float32)}])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(pathlib.Path(folder) / 'a.safetensors', packed, base)
+        ...     mj.compress.size(load(pathlib.Path(folder) / 'a.safetensors', base)).payload
+        5
+    """
+    path = pathlib.Path(path)
+    arrays = {
+        f"{leaf}#{part}": np.ascontiguousarray(x)
+        for leaf, parts in packed.arrays.items()
+        for part, x in parts.items()
+    }
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "method": packed.method,
+        "experts": str(packed.experts),
+        "leaves": json.dumps(packed.leaves),
+        "base": fingerprint(base),
+    }
+    header["content"] = _content(arrays, header)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        safetensors.numpy.save_file(arrays, staged, metadata=header)
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], base: Tree) -> Packed:
+    """Reads packed deltas from a file that `save` wrote.
+
+    Args:
+        path: of the file.
+        base: the model that the deltas belong to.
+
+    Returns:
+        Packed deltas.
+
+    Raises:
+        MergeError: a file that is missing, damaged, of another kind or version, or that belongs to
+            another base.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise MergeError(
+            f"{path}: cannot be read ({error}); it is missing or damaged, take a copy"
+        ) from None
+    if header.get("format") != FORMAT:
+        raise MergeError(f"{path}: holds no packed deltas; they are written by mj.compress.save")
+    if header.get("version") != VERSION:
+        raise MergeError(
+            f"{path}: is of version {header.get('version')}, this release reads {VERSION}; take "
+            "the release of mergejax that wrote it"
+        )
+    if header.get("content") != _content(arrays, header):
+        raise MergeError(f"{path}: is damaged, its content is not what was written; take a copy")
+    if header.get("base") != fingerprint(base):
+        raise MergeError(
+            f"{path}: belongs to another base (SHA-256 {header.get('base', '')[:12]}..., this one "
+            f"is {fingerprint(base)[:12]}...); load it with the model that it was saved with"
+        )
+    named: dict[str, dict[str, Any]] = {}
+    for key, x in arrays.items():
+        leaf, part = key.rsplit("#", 1)
+        named.setdefault(leaf, {})[part] = x
+    leaves = tuple((n, tuple(shape), layout) for n, shape, layout in json.loads(header["leaves"]))
+    return Packed(named, header["method"], int(header["experts"]), leaves)

@@ -1,0 +1,398 @@
+"""Compression: restatements in float64, what is lost and what is not, sizes, files, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import trees
+
+import mergejax as mj
+
+SHAPES = {"embed": {"bias": (7,)}, "block_0": {"kernel": (5, 7), "bias": (7,)}, "kernel": (4, 6)}
+SINGLE = ["compeft(density=0.3, alpha=2.0)", "t_switch(density=0.2)", "bit_delta()"]
+JOINT = ["tall_masks(threshold=[0.2, 0.4, 0.6])", "emr()", "emr(rescale='tensor_mean')"]
+
+
+def models(count=3, dtype="float32"):
+    return trees.models(count, dtype, SHAPES)
+
+
+def deltas(count=3):
+    return mj.compress.deltas(*models(count))
+
+
+def together(delta):
+    return np.concatenate([np.float64(x).ravel() for x in delta.values()])
+
+
+def zero(delta):
+    return {name: np.zeros_like(x) for name, x in delta.items()}
+
+
+def through(method, several):
+    """What the method as a stage makes of deltas."""
+    out = mj.merge(method, zero(several[0]), several)
+    return out if isinstance(out, list) else [out]
+
+
+def count_of(method):
+    return 3 if method in JOINT else 1
+
+
+# The stages ---------------------------------------------------------------------------------------
+
+
+def largest(delta, density):
+    """The threshold of the whole model, by a sort."""
+    magnitudes = np.sort(np.abs(together(delta)))[::-1]
+    return magnitudes[max(1, int(density * magnitudes.size)) - 1]
+
+
+def signs(delta, density, magnitude):
+    limit = largest(delta, density)
+    return {n: magnitude * np.sign(x) * (np.abs(np.float64(x)) >= limit) for n, x in delta.items()}
+
+
+def compeft(delta, density, alpha):
+    return signs(delta, density, alpha * together(delta).std(ddof=1))
+
+
+def t_switch(delta, density, norm="whole"):
+    flat = together(delta)
+    kept = (np.abs(flat) >= largest(delta, density)) & (flat != 0)
+    length = np.linalg.norm(flat if norm == "whole" else flat[kept])
+    return signs(delta, density, length / np.sqrt(kept.sum()))
+
+
+def bit_delta(delta):
+    return {
+        n: np.abs(np.float64(x)).mean() * np.where(x >= 0, 1, -1) if n.endswith("kernel") else x
+        for n, x in delta.items()
+    }
+
+
+@pytest.mark.parametrize("density", [0.001, 0.3, 1.0])
+@pytest.mark.parametrize("alpha", [1.0, 2.5])
+def test_compeft(density, alpha):
+    (delta,) = deltas(1)
+    (got,) = through(mj.compeft(density=density, alpha=alpha), [delta])
+    trees.close(got, compeft(delta, density, alpha))
+
+
+@pytest.mark.parametrize("density", [0.001, 0.3, 1.0])
+@pytest.mark.parametrize("norm", ["whole", "kept"])
+def test_t_switch(density, norm):
+    (delta,) = deltas(1)
+    (got,) = through(mj.t_switch(density=density, norm=norm), [delta])
+    trees.close(got, t_switch(delta, density, norm))
+
+
+def test_bit_delta():
+    (delta,) = deltas(1)
+    (got,) = through(mj.bit_delta(), [delta])
+    trees.close(got, bit_delta(delta))
+
+
+def test_a_delta_of_equal_elements_stays():
+    delta = {"w": np.full(50, 0.1, np.float32), "kernel": np.full((3, 4), 0.1, np.float32)}
+    for method in (mj.compeft(), mj.t_switch(density=1.0), mj.bit_delta()):
+        trees.close(through(method, [delta])[0], delta, rtol=1e-6, atol=0)
+
+
+def test_t_switch_keeps_the_norm():
+    (delta,) = deltas(1)
+    for density in (0.05, 0.5, 1.0):
+        (got,) = through(mj.t_switch(density=density), [delta])
+        norms = np.linalg.norm(together(got)), np.linalg.norm(together(delta))
+        np.testing.assert_allclose(*norms, rtol=1e-5)
+
+
+def test_bit_delta_has_the_best_factor():
+    (delta,) = deltas(1)
+    (got,) = through(mj.bit_delta(), [delta])
+    x, y = np.float64(delta["kernel"]), np.float64(got["kernel"])
+    errors = [np.linalg.norm(x - factor * y) for factor in (0.99, 1, 1.01)]
+    assert errors[1] == min(errors)
+    assert set(np.sign(y[x == 0])) == {1}
+
+
+def test_the_best_alpha_of_compeft_for_gaussian_deltas():
+    delta = {"w": np.float32(np.random.default_rng(0).normal(size=20000))}
+
+    def error(alpha):
+        (got,) = through(mj.compeft(density=0.2, alpha=alpha), [delta])
+        return np.linalg.norm(together(delta) - together(got))
+
+    assert error(1.75) < min(error(1.65), error(1.85))
+
+
+def test_signs_stay_and_only_three_values_are_left():
+    (delta,) = deltas(1)
+    for method in SINGLE[:2]:
+        (got,) = through(method, [delta])
+        flat = together(got)
+        assert len(np.unique(flat)) == 3
+        assert np.all(flat * together(delta) >= 0)
+
+
+@pytest.mark.parametrize("method", SINGLE)
+def test_zero_deltas_stay_zero(method):
+    (delta,) = deltas(1)
+    trees.equal(through(method, [zero(delta)])[0], zero(delta))
+
+
+# Packing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", SINGLE + JOINT)
+def test_what_is_unpacked_is_what_the_stage_returns(method):
+    several = deltas(count_of(method))
+    packed = mj.compress.encode(method, several)
+    expected = through(method, several)
+    for got, want in zip(mj.compress.decode(packed), expected, strict=True):
+        if method.startswith("emr"):
+            trees.close(got, want, rtol=1e-6, atol=0)
+        else:
+            trees.equal(got, want)
+
+
+@pytest.mark.parametrize("method", SINGLE)
+def test_merging_after_unpacking_is_merging_what_the_stage_returns(method):
+    several = deltas(3)
+    unpacked = [mj.compress.decode(mj.compress.encode(method, [delta]))[0] for delta in several]
+    for host in ("ties(density=0.4)", "task_arithmetic(0.3)"):
+        got = mj.merge(host, zero(several[0]), unpacked)
+        trees.equal(got, mj.merge(f"{method}|{host}", zero(several[0]), several))
+
+
+@pytest.mark.parametrize("method", JOINT)
+def test_merging_after_unpacking_joint_methods(method):
+    several = deltas(3)
+    unpacked = mj.compress.decode(mj.compress.encode(method, several))
+    got = mj.merge("ties(density=0.4)", zero(several[0]), unpacked)
+    expected = mj.merge(f"{method}|ties(density=0.4)", zero(several[0]), several)
+    trees.close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_restored_experts_are_the_base_plus_what_is_unpacked():
+    base, experts = models(2, "bfloat16")
+    packed = mj.compress.encode("emr()", mj.compress.deltas(base, experts))
+    for model, delta in zip(
+        mj.compress.restore(base, packed), mj.compress.decode(packed), strict=True
+    ):
+        wide = {n: x.astype(np.float32) + delta[n] for n, x in trees.flat(base).items()}
+        trees.equal(trees.flat(model), {n: x.astype(jnp.bfloat16) for n, x in wide.items()})
+
+
+def test_integers_are_the_bases_and_running_statistics_are_kept_whole():
+    base = {
+        "kernel": np.zeros((3, 4), np.float32),
+        "batch_stats": {"mean": np.zeros(3, np.float32)},
+        "count": np.int32(5),
+    }
+    experts = [
+        {
+            **base,
+            "kernel": np.full((3, 4), x, np.float32),
+            "batch_stats": {"mean": np.full(3, x, np.float32)},
+        }
+        for x in (1.0, 3.0)
+    ]
+    packed = mj.compress.encode("emr()", mj.compress.deltas(base, experts))
+    for model, x in zip(mj.compress.restore(base, packed), (1.0, 3.0), strict=True):
+        np.testing.assert_allclose(model["kernel"], x, rtol=1e-6)
+        np.testing.assert_allclose(model["batch_stats"]["mean"], 2.0)  # their average
+        assert model["count"] == 5
+
+
+def test_packed_deltas_are_a_pytree():
+    packed = mj.compress.encode("emr()", deltas(2))
+    again = jax.tree.map(np.asarray, jax.device_put(packed))
+    trees.equal(mj.compress.decode(again), mj.compress.decode(packed))
+
+
+# Size ---------------------------------------------------------------------------------------------
+
+SIZES = {"embed/bias": 7, "block_0/kernel": 35, "block_0/bias": 7, "kernel": 24}
+
+
+def in_bytes(*bits):
+    return sum(-(-int(n) // 8) for n in bits)
+
+
+def test_size_of_signs():
+    (delta,) = deltas(1)
+    packed = mj.compress.encode("t_switch(density=0.2)", [delta])
+    (got,) = mj.compress.decode(packed)
+    kept = {n: int((x != 0).sum()) for n, x in got.items()}
+    size = mj.compress.size(packed)
+    assert size.payload == sum(4 + in_bytes(n, kept[leaf]) for leaf, n in SIZES.items())
+    assert size.dense == 4 * 73
+    entropy = 0.0
+    for leaf, n in SIZES.items():
+        p = kept[leaf] / n
+        entropy += 32 + (n * (-(1 - p) * np.log2(1 - p) - p * np.log2(p / 2)) if p else 0)
+    np.testing.assert_allclose(size.formula, entropy / 8)
+    assert size.formula <= size.payload
+
+
+def test_size_of_bit_delta():
+    packed = mj.compress.encode("bit_delta()", [{"kernel": np.ones((64, 64), np.float32) * 3}])
+    assert mj.compress.size(packed) == (516, 516, 4 * 4096)
+
+
+@pytest.mark.parametrize(("method", "scalars"), [("tall_masks()", 0), ("emr()", 4)])
+def test_size_of_masks(method, scalars):
+    size = mj.compress.size(mj.compress.encode(method, deltas(3)))
+    assert size.payload == 4 * 73 + 3 * (scalars + sum(in_bytes(n) for n in SIZES.values()))
+    assert size.formula == 4 * 73 + 3 * (scalars + 73 / 8)
+    assert size.dense == 3 * 4 * 73
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    base, experts = models(1)
+    packed = mj.compress.encode(SINGLE[0], mj.compress.deltas(base, experts))
+    path = tmp_path / "delta.safetensors"
+    mj.compress.save(path, packed, base)
+    return path, packed, base
+
+
+@pytest.mark.parametrize("method", SINGLE + JOINT)
+def test_a_file_gives_back_what_was_saved(method, tmp_path):
+    base, experts = models(count_of(method))
+    packed = mj.compress.encode(method, mj.compress.deltas(base, experts))
+    path = tmp_path / "delta.safetensors"
+    mj.compress.save(path, packed, base)
+    loaded = mj.compress.load(path, base)
+    trees.equal(mj.compress.decode(loaded), mj.compress.decode(packed))
+    assert mj.compress.size(loaded) == mj.compress.size(packed)
+    assert (loaded.method, loaded.experts) == (packed.method, packed.experts)
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_header_says_what_the_file_is(saved):
+    path, _, base = saved
+    with safetensors.safe_open(path, framework="numpy") as file:
+        header = file.metadata()
+    assert header["method"] == "compeft(density=0.3, alpha=2.0)"
+    assert header["version"] == "1"
+    assert header["base"] == mj.compress.fingerprint(base)
+
+
+def refusal(path, base):
+    with pytest.raises(mj.MergeError) as error:
+        mj.compress.load(path, base)
+    assert str(error.value).startswith(str(path))
+    assert str(error.value).count("\n") == 0
+    return str(error.value)
+
+
+def test_another_base_is_refused(saved):
+    path, _, base = saved
+    other = jax.tree.map(np.copy, base)
+    other["kernel"][0, 0] += 1
+    assert "belongs to another base" in refusal(path, other)
+    assert "belongs to another base" in refusal(path, {**base, "more": np.zeros(1, np.float32)})
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_truncated_file_is_refused(saved, length):
+    path, _, base = saved
+    path.write_bytes(path.read_bytes()[:length])
+    assert "missing or damaged" in refusal(path, base)
+
+
+def test_every_damaged_byte_is_noticed(saved):
+    path, _, base = saved
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x15
+        path.write_bytes(damaged)
+        with pytest.raises(mj.MergeError):
+            mj.compress.load(path, base)
+
+
+def test_other_files_are_refused(saved, tmp_path):
+    path, _, base = saved
+    assert "missing or damaged" in refusal(tmp_path / "none", base)
+    safetensors.numpy.save_file({"w": np.zeros(2)}, path)
+    assert "holds no packed deltas" in refusal(path, base)
+    header = {"format": "mergejax.compress", "version": "7"}
+    safetensors.numpy.save_file({"w": np.zeros(2)}, path, metadata=header)
+    assert "is of version 7" in refusal(path, base)
+
+
+def test_a_file_that_cannot_be_written_leaves_the_former_one(saved, monkeypatch):
+    path, packed, base = saved
+    before = path.read_bytes()
+
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        mj.compress.save(path, packed, base)
+    assert path.read_bytes() == before
+    assert [x.name for x in path.parent.iterdir()] == [path.name]
+
+
+def test_fingerprints_see_names_shapes_types_and_values():
+    base = {"a": np.zeros((2, 3), np.float32)}
+    others = [
+        {"b": base["a"]},
+        {"a": base["a"].reshape(3, 2)},
+        {"a": np.zeros((2, 3), np.int32)},
+        {"a": base["a"] + 1},
+        {"a": -base["a"]},
+    ]
+    prints = {mj.compress.fingerprint(tree) for tree in [base, *others]}
+    assert len(prints) == 6
+    assert mj.compress.fingerprint({"a": jnp.zeros((2, 3))}) in prints
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda d: ("compeft()", d), "compeft packs one delta at a time, not 2; call encode for"),
+        (lambda d: ("ties()", d), "'ties()' is not one compression, known: bit_delta, compeft"),
+        (lambda d: ("compeft()|emr()", d), "'compeft()|emr()' is more than one compression;"),
+        (lambda d: ("compefd()", d), "no method is called 'compefd', did you mean 'compeft'?"),
+        (lambda d: ("compeft(density=0)", d), "compeft(density=...) must be in (0, 1], not 0"),
+        (lambda d: ("emr()", []), "deltas must be a list of trees, one per expert"),
+        (lambda d: ("emr()", d[0]), "deltas must be a list of trees, one per expert"),
+        (lambda d: ("emr()", [d[0], {"kernel": d[1]["kernel"]}]), "expert '1' has no leaf"),
+        (
+            lambda d: ("emr()", [{"n": np.ones(2, np.int32)}]),
+            "leaf 'n' of delta 0 has dtype int32, but deltas are floating-point; leave it out",
+        ),
+        (
+            lambda d: ("bit_delta()", [{"kernel": np.float32([[1, np.nan]])}]),
+            "leaf 'kernel' of expert '0' has 1 non-finite values",
+        ),
+    ],
+)
+def test_is_refused_in_words(call, sentence):
+    method, several = call(deltas(2))
+    with pytest.raises(mj.MergeError) as error:
+        mj.compress.encode(method, several)
+    assert str(error.value).splitlines()[0].startswith(sentence)
+
+
+def test_a_base_of_another_shape_is_refused():
+    packed = mj.compress.encode("bit_delta()", [{"w": np.ones(3, np.float32)}])
+    with pytest.raises(mj.MergeError, match="leaves 'w' that the base lacks or has in another"):
+        mj.compress.restore({"w": np.ones(4, np.float32)}, packed)
+
+
+def test_integers_that_differ_from_the_base_are_refused():
+    with pytest.raises(mj.MergeError, match="leaf 'n' holds int32 values that differ"):
+        mj.compress.deltas({"n": np.ones(2, np.int32)}, [{"n": np.zeros(2, np.int32)}])

@@ -6,6 +6,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from mergejax import lowrank
 from mergejax.chains import Branch, Chain, Node, Within, walk
 from mergejax.core import Stage
 from mergejax.hyper import interval_of
@@ -20,6 +21,13 @@ configs and in `mj.parse`; methods and pieces are joined with `|`:
 `by_name({'attention': 0.5, '.*': 0.3})` or `by_depth([0.1, 0.9])`.
 """
 
+_ADAPTERS = """# Methods for adapters
+
+What merges low-rank factors, as a function, `mj.lowrank.svd(adapters, rank=8)`, or as a text,
+`mj.lowrank.merge('svd(rank=8)', adapters)`. The dense deltas, `mj.lowrank.dense(adapter)`, go
+through every method above.
+"""
+
 
 def page() -> str:
     """The whole page, Markdown.
@@ -32,7 +40,8 @@ def page() -> str:
     rows += [_row(name, entry) for name, entry in METHODS.items()]
     methods = [_section(name, entry.make, entry) for name, entry in METHODS.items()]
     pieces = [_section(name, make, None) for name, make in PIECES.items()]
-    parts = [_INTRODUCTION, "\n".join(rows), *methods, "# Pieces", *pieces]
+    adapters = [_section(name, make, None) for name, make in lowrank.METHODS.items()]
+    parts = [_INTRODUCTION, "\n".join(rows), *methods, "# Pieces", *pieces, _ADAPTERS, *adapters]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -84,7 +93,8 @@ def _dedent(text: str) -> str:
 
 
 def _parameters(make: Callable[..., Any], text: str) -> str:
-    parameters = inspect.signature(make).parameters
+    signature = inspect.signature(make).parameters
+    parameters = {name: p for name, p in signature.items() if name != "adapters"}
     if not parameters:
         return ""
     hints = typing.get_type_hints(inspect.unwrap(make), include_extras=True)
@@ -94,7 +104,9 @@ def _parameters(make: Callable[..., Any], text: str) -> str:
     for name, parameter in parameters.items():
         meaning = re.sub(r"\s+", " ", described.get(name, "")).strip().replace("|", "\\|")
         meaning = re.sub(r":math:`(.*?)`", r"$\1$", meaning)
-        rows.append(f"| `{name}` | `{parameter.default!r}` | {_values(hints[name])} | {meaning} |")
+        required = parameter.default is inspect.Parameter.empty
+        default = "required" if required else f"`{parameter.default!r}`"
+        rows.append(f"| `{name}` | {default} | {_values(hints[name])} | {meaning} |")
     return "\n".join(rows)
 
 

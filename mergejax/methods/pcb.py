@@ -108,7 +108,10 @@ def compete(
         ):
             best, threshold = value_of(key[0]), value_of(key[1])
             span = jnp.where(best > threshold, best - threshold, 1.0)
-            win = jnp.maximum(score - threshold, 0.0) / span
+            # The element that is the threshold weighs nothing; computed again it may differ from
+            # what was measured in the last places, and any weight at all would be a full one.
+            above_threshold = score - threshold > 1e-6 * jnp.abs(threshold)
+            win = jnp.where(above_threshold, score - threshold, 0.0) / span
             above, below = above + weight * d * win, below + win
         return above / jnp.maximum(below, 1e-12)
 

@@ -56,7 +56,7 @@ def run_leaf(
         if part == "fold":
             stop, state = turn, begin(placed, leaf, experts)
         else:
-            start, state = turn + 1, _resume(placed[: turn + 1], leaf)
+            start, state = turn + 1, _resume(placed, turn, leaf)
     measured = advance(placed[start:stop], state, leaf, names, seen, due, start)
     if due is not None:
         return measured
@@ -66,11 +66,11 @@ def run_leaf(
     return finish(state, leaf)
 
 
-def _resume(placed: Sequence[Placed], leaf: Leaf) -> State:
-    """The state behind a fold whose experts are gone; `placed` ends with the fold."""
-    spaces = [first_space(placed), *(p.stage.factory.space for p in placed)]
+def _resume(placed: Sequence[Placed], turn: int, leaf: Leaf) -> State:
+    """The state behind a fold whose experts are gone; `turn` is the place of the fold."""
+    spaces = [first_space(placed), *(p.stage.factory.space for p in placed[: turn + 1])]
     space = [space for space in spaces if space != "either"][-1]
-    merged = placed[-1].stage.build().finish(leaf.carried, leaf, ())
+    merged = placed[turn].stage.build().finish(leaf.carried, leaf, ())
     return State([merged], [], space, reduced=True)
 
 

@@ -80,6 +80,7 @@ _FACTS: dict[str, dict[str, Any]] = {
     "pcb": {"homogeneous": False},
     "localize_and_stitch": {"neutral": {"density": 1.0}},
     "magmax": {"neutral": {"scaling": 1.0}},
+    "trust_region": {"neutral": {"scaling": 1.0}},
     "ram": {"neutral": {"epsilon": 0.0}},
     "ram_plus": {"neutral": {"epsilon": 0.0}},
     "sce": {"neutral": {}},
@@ -102,6 +103,20 @@ _FACTS: dict[str, dict[str, Any]] = {
     "regmean": {"neutral": {}},
     # Spectral
     "opcm": {"ordered": True, "neutral": {}},
+    "tsv_merge": {"neutral": {}},
+    "r_tsvm": {"neutral": {"outlier_weight": 1.0}},
+    "iso_c": {},
+    "iso_cts": {},
+    "cart": {"neutral": {}},
+    "svc": {"modifier": True, "neutral": {}},
+    "subspace_boosting": {"modifier": True, "neutral": {"beta": 1.0}},
+    "dc_merge": {"neutral": {"density": 1.0}},
+    "wudi": {"neutral": {}, "homogeneous": False},
+    "opt_merge": {"neutral": {}},
+    "swudi": {"neutral": {}},
+    "aswudi": {"neutral": {}},
+    "doge_ta": {"homogeneous": False},
+    "dop": {"ordered": True, "neutral": {}, "homogeneous": False},
 }
 METHODS: dict[str, Entry] = {
     name: Entry(_DECLARED[name], **facts) for name, facts in _FACTS.items()

@@ -162,7 +162,7 @@ def test_order_of_the_experts_matters_only_where_the_table_says_so(name):
     ordered = mj.METHODS[name].ordered
     count = count_of(name) if mj.METHODS[name].experts or not ordered else 6
     _, base, experts, stats = inputs(name, count=count)
-    chain = trees.chain_of(name, **{n: 1.05 * value for n, value in numbers_of(name).items()})
+    chain = trees.chain_of(name, **{n: 0.95 * value for n, value in numbers_of(name).items()})
     names = list("cabfed")[: len(experts)]
     order = [*range(1, len(experts)), 0]
     merged = mj.merge(chain, base, experts, names=names, stats=stats)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import golden_elementwise as elementwise
 import golden_lowrank as lowrank
 import golden_mergekit as mergekit
+import golden_spectral as spectral
 import numpy as np
 from golden_case import Case, Draw, Translation, Untranslatable, exactly, given_masks, several
 
@@ -289,4 +290,5 @@ TRANSLATIONS: dict[str, Callable[[Case], Translation]] = {
     "ties (per tensor)": lambda case: _ties_masked(case, "tensor"),
     **elementwise.TRANSLATIONS,
     **lowrank.TRANSLATIONS,
+    **spectral.TRANSLATIONS,
 }

@@ -1,0 +1,58 @@
+"""The singular value decompositions that spectral methods share, against their definitions."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from spectral_models import deltas, near, spectrum
+
+from mergejax.linalg import spectral, subspaces
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (7, 4), (4, 7)])
+def test_polar_factor_is_orthogonal_and_turns_the_matrix_positive(shape):
+    (x,) = deltas(1, seed=11, shape=shape)
+    factor = np.asarray(spectral.polar(jnp.float32(x)), np.float64)
+    inner = factor.T @ x if shape[0] >= shape[1] else x @ factor.T
+    np.testing.assert_allclose(inner, inner.T, atol=1e-5)
+    assert np.linalg.eigvalsh(inner).min() > 0
+    np.testing.assert_allclose(spectrum(factor), 1, atol=1e-5)
+
+
+def test_polar_factor_of_zero_and_of_equal_columns():
+    np.testing.assert_array_equal(spectral.polar(jnp.zeros((3, 2))), np.zeros((3, 2)))
+    column = jnp.asarray([[3.0], [4.0]])
+    both = spectral.polar(jnp.concatenate([column, column, 0 * column], axis=1))
+    expected = np.array([[0.6, 0.6, 0], [0.8, 0.8, 0]]) / np.sqrt(2)
+    np.testing.assert_allclose(both, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 2, 4])
+def test_truncation_is_the_nearest_matrix_of_its_rank(rank):
+    (x,) = deltas(1, seed=12, shape=(4, 5))
+    got = np.asarray(spectral.truncate(jnp.float32(x), rank), np.float64)
+    error = np.sqrt((spectrum(x)[rank:] ** 2).sum())
+    np.testing.assert_allclose(np.linalg.norm(x - got), error, atol=1e-5)
+
+
+def test_gathered_triplets_keep_their_order_and_are_padded_with_zeros():
+    taus = [jnp.float32(tau) for tau in deltas(2, seed=13, shape=(4, 5))]
+    gathered = subspaces.leading(taus, [jnp.int32(1), jnp.int32(2)])
+    parts = [spectral.decompose(tau) for tau in taus]
+    expected = [parts[0].values[0], parts[1].values[0], parts[1].values[1], 0]
+    np.testing.assert_array_equal(gathered.values, np.asarray(expected, np.float32))
+    np.testing.assert_array_equal(gathered.left[:, 2], parts[1].left[:, 1])
+    np.testing.assert_array_equal(gathered.right[:, 3], np.zeros(5))
+
+
+def test_gram_filter_is_a_function_of_the_matrix():
+    (x,) = deltas(1, seed=14, shape=(3, 5))
+    gram = x.T @ x
+    got = spectral.gram_filter(jnp.float32(x), jnp.float32(gram), lambda values: values * values)
+    near(np.asarray(got, np.float64), x @ gram @ gram)
+
+
+def test_unit_of_tiny_and_huge_matrices():
+    for factor in (1e-30, 1.0, 1e30):
+        direction, norm = spectral.unit(jnp.float32(factor) * jnp.asarray([[3.0, 4.0]]))
+        np.testing.assert_allclose(direction, [[0.6, 0.8]], rtol=1e-6)
+        np.testing.assert_allclose(norm, 5 * factor, rtol=1e-6)

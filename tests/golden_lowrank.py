@@ -119,8 +119,21 @@ def _knots_alignment(case):
     return Translation(None, case.base, case.experts, result=result)
 
 
+_SMOOTHING = {"avg": "mean", "mean": "mean", "linear": "linear"}
+
+
+def _dc_merge(case):
+    take = case.parameters.take
+    scaling = take("scale", 1.0)
+    smoothing = _SMOOTHING[take("smoothing_strategy", choices=tuple(_SMOOTHING))]
+    ratio = take("rho", 5.0)
+    adapters = _as_factors(case)
+    return _merged(case, adapters, "dc_merge", smoothing=smoothing, ratio=ratio, scaling=scaling)
+
+
 TRANSLATIONS: dict[str, Callable[[Case], Translation]] = {
     "consensus": _consensus,
+    "dc_merge (LoRA)": _dc_merge,
     "fusion_bench/emr_merging": _emr,
     "fusion_bench/knots": _knots_alignment,
     "knots + ties": _knots,

@@ -25,6 +25,8 @@ from mergejax.registry import METHODS as METHODS
 from mergejax.registry import PIECES as PIECES
 from mergejax.registry import parse as parse
 from mergejax.registry import register as register
+from mergejax.soups import greedy_soup as greedy_soup
+from mergejax.stacking import stack_layers as stack_layers
 from mergejax.version import __version__ as __version__
 
 # Not everybody needs them, and the collectors import Flax, which takes a second.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import trees
+from restated import ids, merged_and_restated
 
 import mergejax as mj
 
@@ -120,33 +121,18 @@ HALF = [
 ]
 
 
-def made(method, options):
-    return mj.METHODS[method].make(**options) if method in mj.METHODS else mj.parse(method)
-
-
-def ids(cases):
-    return [repr(made(method, options)) for _, method, _, options in cases]
-
-
-def merged_and_restated(count, method, restated, options, dtype="float32"):
-    base, experts = trees.models(count, dtype)
-    chain = mj.chain(made(method, options))
-    stats = trees.statistics(chain.needs, experts)
-    got = mj.merge(chain, base, experts, stats=stats)
-    flat = trees.flat(base), [trees.flat(expert) for expert in experts]
-    return trees.flat(got), restated(base, *flat, stats, **options)
-
-
 @pytest.mark.parametrize(("count", "method", "restated", "options"), CASES, ids=ids(CASES))
 def test_equals_its_restatement(count, method, restated, options):
-    got, expected = merged_and_restated(count, method, restated, options)
+    models = trees.models(count)
+    got, expected = merged_and_restated(models, method, restated, options)
     trees.close(got, expected, rtol=3e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("count", "method", "restated", "options"), HALF, ids=ids(HALF))
 def test_half_precision_is_rounded_once(count, method, restated, options, dtype):
-    got, expected = merged_and_restated(count, method, restated, options, dtype)
+    models = trees.models(count, dtype)
+    got, expected = merged_and_restated(models, method, restated, options)
     kind = trees.TYPES[dtype]
     for name, x in expected.items():
         assert got[name].dtype == kind

@@ -1,0 +1,282 @@
+"""Element-wise and per-tensor methods against their restatements in `reference_elementwise.py`."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import reference_elementwise as reference
+import trees
+from restated import ids, merged_and_restated
+
+import mergejax as mj
+
+
+def whole(function):
+    """Restatements of this file need nothing but the models."""
+    return lambda tree, base, experts, stats, **options: function(base, experts, **options)
+
+
+def piece(function, **options):
+    """A restatement of a chain whose options are in its text."""
+    return whole(functools.partial(function, **options))
+
+
+# Experts, a method that takes the options itself or a whole chain, its restatement, the options.
+CASES = [
+    (3, "breadcrumbs", whole(reference.breadcrumbs), {}),
+    (
+        2,
+        "breadcrumbs",
+        whole(reference.breadcrumbs),
+        {"density": 0.5, "top": 0.2, "scaling": 1.3, "weights": [1, -0.5]},
+    ),
+    (
+        2,
+        "breadcrumbs",
+        whole(reference.breadcrumbs),
+        {"density": 0.9, "top": 0.2, "scope": "tensor", "scaling": 1.0},
+    ),
+    (3, "localize_and_stitch", whole(reference.localize_and_stitch), {"density": 0.3}),
+    (2, "localize_and_stitch", whole(reference.localize_and_stitch), {"density": 1.0}),
+    (3, "pcb", whole(reference.pcb), {}),
+    (3, "pcb", whole(reference.pcb), {"density": 0.2, "weights": [0.8, 1.0, 1.3]}),
+    (4, "pcb", whole(reference.pcb), {"density": 0.3, "between": "raw", "clip": 0.0001}),
+    (2, "pcb", whole(reference.pcb), {"density": 0.5, "between": "pairs", "clip": 0.05}),
+    (3, "magmax", whole(reference.magmax), {}),
+    (3, "ram", whole(reference.ram), {"epsilon": 0.02}),
+    (3, "ram_plus", whole(reference.ram_plus), {"epsilon": 0.02, "gain": 0.4, "limit": 3.0}),
+    (3, "ram_plus", whole(reference.ram_plus), {"epsilon": 0.03, "gain": 0.2, "scope": "tensor"}),
+    (1, "nearswap", whole(reference.nearswap), {"t": 0.02}),
+    (3, "varm", whole(reference.varm), {}),
+    (3, "delta_guided", whole(reference.delta_guided), {}),
+    (3, "delta_guided", whole(reference.delta_guided), {"power": 2.5, "by": "mean"}),
+    (3, "frobenius_weighted", whole(reference.frobenius_weighted), {}),
+    (3, "frobenius_weighted", whole(reference.frobenius_weighted), {"power": 0.0}),
+    (3, "sce", whole(reference.sce), {}),
+    (4, "sce", whole(reference.sce), {"density": 0.5}),
+    (3, "sce", whole(reference.sce), {"density": 1.0}),
+    (3, "nan", whole(reference.nan), {}),
+    (3, "nan", whole(reference.nan), {"of": "deltas"}),
+    (3, "metrics_weighted", whole(reference.metrics_weighted), {"metrics": [0.5, 1, 2]}),
+    (
+        3,
+        "metrics_weighted",
+        whole(reference.metrics_weighted),
+        {"metrics": [50, 60, 71], "power": 4.0, "by": "score"},
+    ),
+    (3, "widen", whole(reference.widen), {}),
+    (2, "widen", whole(reference.widen), {"ratio": 1.5, "value": 0.8}),
+    (2, "nuslerp", whole(reference.nuslerp), {"weights": [3, 1]}),
+    (2, "nuslerp", whole(reference.nuslerp), {"weights": [1, 4], "scope": "row"}),
+    (2, "nuslerp", whole(reference.nuslerp), {"scope": "column"}),
+    (2, "nuslerp", whole(reference.nuslerp), {"weights": [1, 2], "of": "weights"}),
+    (3, "multislerp", whole(reference.multislerp), {"weights": [0.5, 0.3, 0.4]}),
+    (2, "multislerp", whole(reference.multislerp), {"normalize": False, "weights": [1, 0.3]}),
+    (3, "karcher", whole(reference.karcher), {}),
+    (4, "karcher", whole(reference.karcher), {"weights": [1, 2, 3, 4], "iterations": 3}),
+    (3, "model_stock", whole(reference.model_stock), {}),
+    (2, "model_stock", whole(reference.model_stock), {"scope": "row", "clip": True}),
+    (3, "model_stock", whole(reference.model_stock), {"angle": "degrees"}),
+    (1, "arcee_fusion", whole(reference.arcee_fusion), {}),
+    (4, "ema", whole(reference.ema), {"decay": 0.6}),
+    (4, "window_average", whole(reference.window_average), {"length": 3}),
+    (2, "window_average", whole(reference.window_average), {"length": 3}),
+    (3, "equal_norms()|total()", piece(reference.equal_norms), {}),
+    (
+        3,
+        "equal_norms(order='l1', scope='tensor')|total()",
+        piece(reference.equal_norms, order="l1", scope="tensor"),
+        {},
+    ),
+    (3, "total()|match_norm()", piece(reference.match_norm), {}),
+    (
+        3,
+        "total()|match_norm(order='l1', scope='tensor')",
+        piece(reference.match_norm, order="l1", scope="tensor"),
+        {},
+    ),
+]
+SHAPES = {
+    "block_0": {"dense": {"kernel": (5, 7), "bias": (7,)}},
+    "block_1": {"dense": {"kernel": (5, 7), "bias": (7,)}},
+    "out": {"kernel": (5, 7)},
+}
+
+
+def drawn(count, seed=0):
+    """Models without equal magnitudes, so that rounding cannot change a rank; some did not move."""
+    rng = np.random.default_rng(seed)
+    base = jax.tree.map(
+        lambda shape: rng.normal(size=shape).astype(np.float32), SHAPES, is_leaf=trees.is_shape
+    )
+
+    def tune(x):
+        return np.float32(x + 0.1 * rng.normal(size=x.shape) * (rng.random(x.shape) < 0.9))
+
+    return base, [jax.tree.map(tune, base) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("count", "method", "restated", "options"), CASES, ids=ids(CASES))
+def test_equals_its_restatement(count, method, restated, options):
+    got, expected = merged_and_restated(drawn(count), method, restated, options)
+    trees.close(got, expected, rtol=5e-6, atol=5e-6)
+
+
+# What the layout of kernels must not change -------------------------------------------------------
+
+DIRECTIONAL = [
+    (2, "breadcrumbs(density=0.4, top=0.2)"),
+    (2, "nuslerp(scope='row')"),
+    (2, "nuslerp(scope='column')"),
+    (3, "model_stock(scope='row')"),
+    (1, "arcee_fusion()"),
+    (2, "widen()"),
+    (2, "frobenius_weighted()"),
+]
+
+
+def transposed(tree):
+    return {name: np.ascontiguousarray(x.T) for name, x in tree.items()}
+
+
+@pytest.mark.parametrize(("count", "text"), DIRECTIONAL, ids=[text for _, text in DIRECTIONAL])
+def test_a_torch_tree_gives_the_transposed_answer(count, text):
+    base, experts = (jax.tree.map(np.asarray, x) for x in drawn(count))
+    base, experts = trees.flat(base), [trees.flat(expert) for expert in experts]
+    got = mj.merge(text, base, experts)
+    twin = mj.merge(
+        text, transposed(base), [transposed(expert) for expert in experts], layout="torch"
+    )
+    trees.close(got, transposed(twin), rtol=1e-6, atol=1e-6)
+
+
+# DELLA's draws ------------------------------------------------------------------------------------
+
+
+def merged_by_seed(method, base, expert, layout, count=4000):
+    """[count, ...] merges of one kernel."""
+
+    @jax.jit
+    def several(seeds):
+        one = lambda seed: mj.merge(method, base, [expert], layout=layout, seed=seed)["w"]
+        return jax.lax.map(one, seeds)
+
+    return np.asarray(several(np.arange(count, dtype=np.uint32)))
+
+
+@pytest.mark.parametrize("layout", ["flax", "torch"])
+def test_della_keeps_by_the_rank_within_the_inputs_of_an_output(layout):
+    kernel = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    expert = {"w": kernel if layout == "flax" else np.ascontiguousarray(kernel.T)}
+    base = {"w": np.zeros_like(expert["w"])}
+    draws = {}
+    for rescale in ("none", "inverse"):
+        method = f"drop_by_rank(density=0.6, spread=0.35, rescale='{rescale}')|total()"
+        found = merged_by_seed(method, base, expert, layout)
+        draws[rescale] = found if layout == "flax" else found.transpose(0, 2, 1)
+    ranks = np.argsort(np.argsort(abs(kernel), axis=0), axis=0)
+    probability = 0.6 - 0.35 + 2 * 0.35 * ranks / 5
+    spread = 5 * np.sqrt(probability * (1 - probability) / 4000)
+    assert (abs((draws["none"] != 0).mean(0) - probability) <= spread).all()
+    deviation = 5 * abs(kernel) * np.sqrt((1 - probability) / probability / 4000)
+    assert (abs(draws["inverse"].mean(0) - kernel) <= deviation).all()
+
+
+def test_della_without_a_spread_is_dare():
+    base, (expert,) = drawn(1)
+    della = mj.merge("drop_by_rank(density=0.3, spread=0.0)|total()", base, [expert], seed=7)
+    dare = mj.merge("drop(rate=0.7)|total()", base, [expert], seed=7)
+    trees.close(della, dare, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("density", "spread"), [(0.1, 0.1), (0.9, 0.2), ([0.5, 0.05], 0.06)])
+def test_della_refuses_probabilities_outside_the_unit_interval(density, spread):
+    with pytest.raises(mj.MergeError, match=r"leave \(0, 1\]; choose a spread below"):
+        mj.della(density, spread)
+
+
+# Small cases with known answers -------------------------------------------------------------------
+
+
+def leaf(*values):
+    return {"w": np.asarray(values, np.float32)}
+
+
+def merged(method, base, *experts):
+    return np.asarray(mj.merge(method, base, list(experts))["w"]).tolist()
+
+
+def test_equal_magnitudes_go_to_the_later_expert_and_to_the_first_place():
+    zero = leaf(0, 0, 0, 0)
+    assert merged("magmax(scaling=1.0)", zero, leaf(2, -1, 3, 0), leaf(-2, 1, 2, 0)) == [
+        -2,
+        1,
+        3,
+        0,
+    ]
+    assert merged("breadcrumbs(density=0.5, top=0.0, scaling=1.0)", zero, leaf(1, -1, 1, -1)) == [
+        1,
+        -1,
+        0,
+        0,
+    ]
+
+
+def test_sce_of_one_expert_or_at_full_density_selects_everything():
+    zero = leaf(0, 0, 0)
+    assert merged("sce(density=0.1)", zero, leaf(1, -2, 3)) == [1, -2, 3]
+    assert merged("sce(density=1.0)", zero, leaf(1, -2, 3), leaf(1, -2, 3)) == [1, -2, 3]
+    assert merged("sce(density=0.5)", zero, leaf(1, -2, 3), leaf(1, -2, 3)) == [0, 0, 0]
+
+
+def test_model_stock_of_equal_and_of_orthogonal_and_of_opposite_deltas():
+    zero = leaf(0, 0)
+    assert merged("model_stock()", zero, leaf(2, 0), leaf(2, 0)) == [2, 0]
+    assert merged("model_stock()", zero, leaf(2, 0), leaf(0, 2)) == [0, 0]
+    assert merged("model_stock()", zero, leaf(2, 0), leaf(-2, 0)) == [0, 0]
+    obtuse = merged("model_stock(clip=True)", zero, leaf(1, 0), leaf(-0.5, 0.8))
+    assert obtuse == [0, 0]
+    assert merged("model_stock()", zero, leaf(1, 0), leaf(-0.5, 0.8))[1] < 0
+
+
+def test_directions_that_cancel_are_averaged_and_a_zero_has_none():
+    zero = leaf(0, 0)
+    assert merged("multislerp()", zero, leaf(4, 0), leaf(-2, 0)) == [1, 0]
+    assert merged("multislerp()", zero, leaf(4, 0), leaf(0, 0)) == [2, 0]
+    assert merged("karcher()", None, leaf(4, 0), leaf(0, 0)) == [2, 0]
+    assert merged("karcher()", None, leaf(0, 0), leaf(0, 0)) == [0, 0]
+
+
+def test_pcb_of_constant_deltas_and_of_zeros_stays_finite():
+    zero = leaf(0, 0, 0)
+    assert merged("pcb()", zero, leaf(0, 0, 0), leaf(0, 0, 0)) == [0, 0, 0]
+    assert np.isfinite(merged("pcb()", zero, leaf(1, 1, 1), leaf(1, 1, 1))).all()
+
+
+def test_an_expert_without_a_norm_adds_nothing_to_nan():
+    assert merged("nan()", leaf(1.0), leaf(0.0), leaf(3.0)) == [1.0 + 2.0]
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "problem"),
+    [
+        ("model_stock()", 1, "toward_mean takes at least 2 experts, not 1"),
+        ("nearswap()", 2, "near takes exactly 1 expert, not 2"),
+        ("analogy()", 2, "difference_added takes exactly 3 experts, not 2"),
+        ("chat_vector()", 3, "first_and_residual takes exactly 2 experts, not 3"),
+        ("metrics_weighted(metrics=[1, 2, 3])", 2, "has 3 numbers, but there are 2 experts"),
+    ],
+)
+def test_a_wrong_number_of_experts_is_one_sentence(method, count, problem):
+    with pytest.raises(mj.MergeError, match=problem):
+        merged(method, leaf(0.0), *[leaf(1.0)] * count)
+
+
+def test_values_out_of_range_are_refused():
+    with pytest.raises(
+        mj.MergeError, match=r"metrics_weighted\(metrics=...\) must be in \(0, inf\)"
+    ):
+        mj.metrics_weighted(metrics=[1, -1])
+    with pytest.raises(mj.MergeError, match="averages nothing; choose 1 or more"):
+        mj.window_average(length=0)

@@ -215,8 +215,11 @@ def _local_numbers(placed: Sequence[Placed], info: LeafInfo, plan: Plan) -> dict
         if p.role != "apply" or p.stage.build().local is None:
             continue
         if p.stage.kind == "each" and p.path not in plan.merged:
-            several = [at_expert(p.stage, i) for i in range(plan.experts)]
-            found[p.path] = _stack([stage.build().local(info) for stage in several])
+            if not plan.experts:  # a continual merge that is read, its experts gone
+                continue
+            stages = [at_expert(p.stage, i) for i in range(plan.experts)]
+            several = [stage.build().local(info) for stage in stages]
+            found[p.path] = jax.tree.map(lambda *xs: _stack(xs), *several)
         else:
             found[p.path] = p.stage.build().local(info)
     return found

@@ -79,7 +79,7 @@ _FACTS: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"neutral": {"density": 1.0, "top": 0.0, "scaling": 1.0}},
     "pcb": {"homogeneous": False},
     "localize_and_stitch": {"neutral": {"density": 1.0}},
-    "magmax": {"neutral": {"scaling": 1.0}},
+    "magmax": {"ordered": True, "neutral": {"scaling": 1.0}},
     "trust_region": {"neutral": {"scaling": 1.0}},
     "ram": {"neutral": {"epsilon": 0.0}},
     "ram_plus": {"neutral": {"epsilon": 0.0}},

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from mergejax.api import stream
-from mergejax.compress import masks, signs
+from mergejax.compress import masks, signs, spectra
 from mergejax.compress.codec import Codec, Parts, Sink
 from mergejax.core import Stage
 from mergejax.door import Tree, leaves_by_name
@@ -16,7 +16,7 @@ from mergejax.errors import MergeError, did_you_mean, raise_all
 from mergejax.leaves import STATISTIC, LeafInfo, describe, is_floating
 from mergejax.registry import as_chain
 
-CODECS: dict[str, Codec] = {**signs.CODECS, **masks.CODECS}
+CODECS: dict[str, Codec] = {**signs.CODECS, **masks.CODECS, **spectra.CODECS}
 WHOLE = "whole"  # the part of a leaf that is stored as it is
 
 
@@ -71,7 +71,8 @@ def encode(
 
     Args:
         method: a compression as stage or text: 'compeft(density=0.1)', 't_switch()' or
-            'bit_delta()' for one delta at a time, 'tall_masks()' or 'emr()' for several together.
+            'bit_delta()' or 'skill_pack()' for one delta at a time, 'tall_masks()', 'emr()' or
+            'tsv_compress()' for several together.
         deltas: trees of floating-point arrays, one per expert (see `deltas`).
         layout, roles, layouts: of the leaves, as in `mj.merge`.
 

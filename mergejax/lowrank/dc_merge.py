@@ -10,6 +10,7 @@ from mergejax.api import merge
 from mergejax.core import Array
 from mergejax.errors import MergeError
 from mergejax.hyper import Positive, Scaling
+from mergejax.linalg.spectral import polar
 from mergejax.lowrank.factors import Adapter, Factors, product_svd
 from mergejax.lowrank.methods import adapter_method, numbers_at
 
@@ -31,13 +32,6 @@ def _smoothed(values: Array, smoothing: str, ratio: Array) -> Array:
     shape = jnp.where(real, top + (1 - top) * fall, 0.0)
     whole = shape.sum()
     return shape * kept.sum() / jnp.where(whole > 0, whole, 1.0)
-
-
-def _cover(bases: Sequence[Array]) -> Array:
-    """The orthogonal factor of bases side by side; columns of zeros stay zero."""
-    u, values, vt = jnp.linalg.svd(jnp.concatenate(bases, 1), full_matrices=False)
-    real = values > 4 * jnp.finfo(values.dtype).eps * max(u.shape) * values[0]
-    return (u * real.astype(u.dtype)[None, :]) @ vt
 
 
 @adapter_method
@@ -91,7 +85,8 @@ def dc_merge(
         there = [(v > 0).astype(v.dtype)[None, :] for v in values]
         lefts = [_padded(u, rank) * t for (u, _, _), t in zip(several, there, strict=True)]
         rights = [_padded(vt.T, rank) * t for (_, _, vt), t in zip(several, there, strict=True)]
-        left, right = bases[name] = _cover(lefts), _cover(rights)
+        left, right = polar(jnp.concatenate(lefts, 1)), polar(jnp.concatenate(rights, 1))
+        bases[name] = (left, right)
         for own, u, v, w in zip(cores, lefts, values, rights, strict=True):
             own[name] = ((left.T @ u) * v[None, :]) @ (w.T @ right)
     merged = merge(host, jax.tree.map(jnp.zeros_like, cores[0]), cores)

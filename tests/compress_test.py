@@ -235,6 +235,24 @@ def test_kernels_of_three_axes_are_matrices():
     np.testing.assert_allclose(got["query/kernel"].reshape(6, 8), flat, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", [*SINGLE[1:], "tsv_compress(fraction=0.4)", PACKS[0], "emr()"])
+def test_stacked_layers_are_packed_one_by_one(method, tmp_path):
+    several = deltas(1)
+    layers = [{f"{i}/kernel": (i + 1) * x["kernel"] for i in range(3)} for x in several]
+    stacked = [{"kernel": np.stack(list(x.values()))} for x in layers]
+    packed = mj.compress.encode(method, stacked, scanned="kernel")
+    base = zero(stacked[0])
+    mj.compress.save(tmp_path / "a", packed, base)
+    packed = mj.compress.load(tmp_path / "a", base)
+    (got,) = mj.compress.decode(packed)
+    (want,) = mj.compress.decode(mj.compress.encode(method, layers))
+    np.testing.assert_array_equal(got["kernel"], np.stack(list(want.values())))
+    (model,) = mj.compress.restore(base, packed)
+    np.testing.assert_array_equal(model["kernel"], got["kernel"])
+    expected = mj.merge(method, base, stacked, scanned="kernel")["kernel"]
+    np.testing.assert_allclose(got["kernel"], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

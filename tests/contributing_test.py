@@ -22,7 +22,7 @@ def registry():
     mj.METHODS.update(before)
 
 
-@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "README.md"])
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "README.md", "docs/adapters.md"])
 def test_the_python_of_a_page_runs_from_top_to_bottom(name, registry):
     blocks = python_blocks(name)
     assert blocks

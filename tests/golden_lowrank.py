@@ -1,5 +1,6 @@
 """Translations of methods on masks and on low-rank factors; see `golden_translation.py`."""
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -70,11 +71,13 @@ def _lora(case):
 
 
 def _lora_soups(case):
-    case.parameters.take("mode", "cat", ("cat",))
+    mode = case.parameters.take("mode", re.search(r"\((\w+)\)", case.method)[1])
+    if mode not in ("cat", "linear"):
+        raise Untranslatable(f"lora_soups mode={mode!r}")
     logits = case.tensors.get("logits", {})
     rules = {exactly([name])[0]: list(map(float, np.asarray(v))) for name, v in logits.items()}
     learned = mj.by_name(rules) if rules else 0.0
-    return _merged(case, _lora(case), "cat", logits=learned)
+    return _merged(case, _lora(case), mode, logits=learned)
 
 
 def _knots(case):
@@ -138,5 +141,6 @@ TRANSLATIONS: dict[str, Callable[[Case], Translation]] = {
     "fusion_bench/knots": _knots_alignment,
     "knots + ties": _knots,
     "lora_soups (cat)": _lora_soups,
+    "lora_soups (linear)": _lora_soups,
     "tall_mask": _tall_masks,
 }

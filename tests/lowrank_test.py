@@ -115,6 +115,23 @@ def test_learned_weights_of_cat_are_a_softmax():
     close(mj.lowrank.cat(adapters, logits=list(logits)), summed(adapters, weights))
 
 
+def test_linear_has_cross_terms():
+    adapters, logits = drawn((2, 2), (1.0, 0.5)), [0.3, -1.0]
+    weights = np.exp(logits) / np.exp(logits).sum()
+    expected = {}
+    for name in SHAPES:
+        several = [a[name] for a in adapters]
+        down = sum(np.float64(f.down) for f in several)
+        up = sum(w * f.scale * np.float64(f.up) for w, f in zip(weights, several, strict=True))
+        expected[name] = down @ up
+    close(mj.lowrank.linear(adapters, logits=logits), expected)
+
+
+def test_linear_refuses_different_ranks():
+    with pytest.raises(mj.MergeError, match=r"leaf 'a/kernel' has ranks \[2, 3, 1\], but factors"):
+        mj.lowrank.linear(drawn())
+
+
 # KnOTS --------------------------------------------------------------------------------------------
 
 
@@ -259,6 +276,23 @@ def test_sums_may_be_jitted():
     for text in ("concatenate()", "svd(rank=2)", "cat()"):
         got = jax.jit(lambda several, text=text: mj.lowrank.merge(text, several))(adapters)
         close(got, wide(mj.lowrank.merge(text, adapters)))
+
+
+EVERY = [*TEXTS, "lego(rank=2)", "do_merging()", "dc_merge(rank=2)"]
+
+
+@pytest.mark.parametrize("text", EVERY)
+def test_ranks_above_the_matrix_single_elements_and_extreme_scales_stay_finite(text):
+    rng = np.random.default_rng(0)
+    for shape, rank, scale in (((4, 3), 7, 1.0), ((2, 2), 2, 1e-18), ((2, 2), 2, 1e15)):
+        draw = lambda *size: np.float32(rng.normal(size=size))
+        several = [
+            {"q": Factors(draw(shape[0], rank), draw(rank, shape[1]), scale)} for _ in range(3)
+        ]
+        for x in mj.lowrank.dense(mj.lowrank.merge(text, several)).values():
+            assert np.isfinite(x).all()
+            assert x.shape == shape
+            assert np.abs(x).max() > 0
 
 
 # Refusals -----------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def _digest(arrays: dict[str, Any], *texts: str) -> str:
 
 
 def _content(arrays: dict[str, Any], header: dict[str, str]) -> str:
-    told = (header.get(field, "") for field in ("method", "experts", "leaves", "base"))
+    told = (header.get(field, "") for field in ("method", "experts", "leaves", "stacks", "base"))
     return _digest(arrays, *told)
 
 
@@ -74,6 +74,7 @@ def save(path: str | os.PathLike[str], packed: Packed, base: Tree) -> None:
         "method": packed.method,
         "experts": str(packed.experts),
         "leaves": json.dumps(packed.leaves),
+        "stacks": json.dumps(packed.stacks),
         "base": fingerprint(base),
     }
     header["content"] = _content(arrays, header)
@@ -126,4 +127,5 @@ def load(path: str | os.PathLike[str], base: Tree) -> Packed:
         leaf, part = key.rsplit("#", 1)
         named.setdefault(leaf, {})[part] = x
     leaves = tuple((n, tuple(shape), layout) for n, shape, layout in json.loads(header["leaves"]))
-    return Packed(named, header["method"], int(header["experts"]), leaves)
+    stacks = tuple((name, count) for name, count in json.loads(header["stacks"]))
+    return Packed(named, header["method"], int(header["experts"]), leaves, stacks)

@@ -1,6 +1,7 @@
 """Deltas packed and unpacked, leaf by leaf, and their size."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from mergejax.compress.codec import Codec, Parts, Sink
 from mergejax.core import Stage
 from mergejax.door import Tree, leaves_by_name
 from mergejax.errors import MergeError, did_you_mean, raise_all
-from mergejax.leaves import STATISTIC, LeafInfo, describe, is_floating
+from mergejax.leaves import STATISTIC, LeafInfo, describe, is_floating, unmatched
 from mergejax.registry import as_chain
 
 CODECS: dict[str, Codec] = {**signs.CODECS, **masks.CODECS, **spectra.CODECS}
@@ -29,7 +30,8 @@ class Packed:
         arrays: by leaf and part; under the leaf "" what belongs to none.
         method: the method with its parameters, as text.
         experts: how many deltas.
-        leaves: name, shape and layout of each leaf.
+        leaves: name, shape and layout of each leaf; one of stacked layers is 'LAYER/NAME'.
+        stacks: name and number of layers of leaves that stack them.
     """
 
     arrays: dict[str, dict[str, Any]]
@@ -38,6 +40,7 @@ class Packed:
     leaves: tuple[tuple[str, tuple[int, ...], str], ...] = dataclasses.field(
         metadata={"static": True}
     )
+    stacks: tuple[tuple[str, int], ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
 class Size(NamedTuple):
@@ -66,15 +69,18 @@ def encode(
     layout: str = "flax",
     roles: Mapping[str, str] | None = None,
     layouts: Mapping[str, str] | None = None,
+    scanned: str | None = None,
 ) -> Packed:
     """Compresses deltas and packs them.
 
     Args:
-        method: a compression as stage or text: 'compeft(density=0.1)', 't_switch()' or
+        method: a compression as stage or text: 'compeft(density=0.1)', 't_switch()',
             'bit_delta()' or 'skill_pack()' for one delta at a time, 'tall_masks()', 'emr()' or
             'tsv_compress()' for several together.
         deltas: trees of floating-point arrays, one per expert (see `deltas`).
         layout, roles, layouts: of the leaves, as in `mj.merge`.
+        scanned: regular expression of leaves whose first axis stacks layers; each layer is
+            packed by itself, for patterns as 'LAYER/NAME'.
 
     Returns:
         Packed deltas. What they decode to is what the method makes of the deltas as a stage.
@@ -89,24 +95,9 @@ def encode(
         (array([ 2.058114, -2.058114,  0.      ,  0.      ], dtype=float32), 6)
     """
     stage, codec = _parsed(method)
-    if not isinstance(deltas, Sequence) or not deltas:
-        raise MergeError("deltas must be a list of trees, one per expert, such as [delta]")
-    if codec.experts not in (None, len(deltas)):
-        raise MergeError(
-            f"{stage.factory.name} packs one delta at a time, not {len(deltas)}; call encode for "
-            "each"
-        )
-    named = [leaves_by_name(tree, f"delta {i}")[0] for i, tree in enumerate(deltas)]
-    raise_all(
-        [
-            f"leaf '{name}' of delta {i} has dtype {x.dtype}, but deltas are floating-point; leave "
-            "it out, as mj.compress.deltas does"
-            for i, leaves in enumerate(named)
-            for name, x in leaves.items()
-            if not is_floating(x.dtype) or 0 in x.shape
-        ]
-    )
-    named = [{name: float32(x) for name, x in leaves.items()} for leaves in named]
+    named = _checked(deltas, stage, codec.experts)
+    stacks = _stacks(named[0], scanned)
+    named = [_by_layer(leaves, stacks) for leaves in named]
     zero = {n: np.broadcast_to(np.float32(0), x.shape) for n, x in named[0].items()}
     kinds: dict[str, Any] = {"layout": layout, "roles": roles, "layouts": layouts}
     infos = {info.name: info for info in _described(zero, **kinds)}
@@ -123,7 +114,42 @@ def encode(
 
     arrays = {**codec.encode(stage, run), **whole}
     leaves = tuple((info.name, info.shape, info.layout) for info in infos.values())
-    return Packed(arrays, repr(stage), len(named), leaves)
+    return Packed(arrays, repr(stage), len(named), leaves, tuple(stacks.items()))
+
+
+def _checked(deltas: Any, stage: Stage, experts: int | None) -> list[dict[str, np.ndarray]]:
+    """The deltas in float32 by leaf name, if they can be packed."""
+    if not isinstance(deltas, Sequence) or not deltas:
+        raise MergeError("deltas must be a list of trees, one per expert, such as [delta]")
+    if experts not in (None, len(deltas)):
+        raise MergeError(
+            f"{stage.factory.name} packs one delta at a time, not {len(deltas)}; call encode for "
+            "each"
+        )
+    named = [leaves_by_name(tree, f"delta {i}")[0] for i, tree in enumerate(deltas)]
+    raise_all(
+        [
+            f"leaf '{name}' of delta {i} has dtype {x.dtype}, but deltas are floating-point; leave "
+            "it out, as mj.compress.deltas does"
+            for i, leaves in enumerate(named)
+            for name, x in leaves.items()
+            if not is_floating(x.dtype) or 0 in x.shape
+        ]
+    )
+    return [{name: float32(x) for name, x in leaves.items()} for leaves in named]
+
+
+def _stacks(leaves: Mapping[str, np.ndarray], scanned: str | None) -> dict[str, int]:
+    """The leaves that stack layers, and how many."""
+    if scanned is None:
+        return {}
+    raise_all(unmatched([scanned], list(leaves)))
+    return {name: len(x) for name, x in leaves.items() if re.search(scanned, name)}
+
+
+def _by_layer(leaves: Mapping[str, np.ndarray], stacks: Mapping[str, int]) -> dict[str, np.ndarray]:
+    layers = {f"{i}/{name}": leaves[name][i] for name, n in stacks.items() for i in range(n)}
+    return {name: x for name, x in leaves.items() if name not in stacks} | layers
 
 
 def _described(
@@ -180,6 +206,9 @@ def decode(packed: Packed) -> list[dict[str, np.ndarray]]:
             several = codec.decode(parts, info, stage, packed.experts)
         for own, x in zip(found, several, strict=True):
             own[info.name] = x
+    for own in found:
+        for name, count in packed.stacks:
+            own[name] = np.stack([own.pop(f"{i}/{name}") for i in range(count)])
     return found
 
 

@@ -63,14 +63,15 @@ def restore(base: Tree, packed: Packed) -> list[Tree]:
     """
     leaves, back = leaves_by_name(base, "the base")
     shapes = {name: tuple(x.shape) for name, x in leaves.items()}
-    wrong = [name for name, shape, _ in packed.leaves if shapes.get(name) != shape]
+    found = decode(packed)
+    wrong = [name for name, x in found[0].items() if shapes.get(name) != x.shape]
     if wrong:
         raise MergeError(
             f"the packed deltas have leaves {some(wrong)} that the base lacks or has in another "
             "shape; take the base that they were encoded with"
         )
     models = []
-    for delta in decode(packed):
+    for delta in found:
         changed = {
             name: (jnp.asarray(leaves[name]).astype(jnp.float32) + x).astype(leaves[name].dtype)
             for name, x in delta.items()

@@ -5,7 +5,7 @@ from mergejax.lowrank.do_merging import do_merging
 from mergejax.lowrank.factors import Adapter, Factors, apply, dense, refactor
 from mergejax.lowrank.knots import knots
 from mergejax.lowrank.lego import lego
-from mergejax.lowrank.methods import METHODS, cat, concatenate, merge, svd
+from mergejax.lowrank.methods import METHODS, cat, concatenate, linear, merge, svd
 from mergejax.lowrank.peft import from_peft, to_peft
 from mergejax.lowrank.rmm import Shared, recover, recovery_errors, rmm
 
@@ -23,6 +23,7 @@ __all__ = [
     "from_peft",
     "knots",
     "lego",
+    "linear",
     "merge",
     "recover",
     "recovery_errors",

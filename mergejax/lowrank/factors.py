@@ -71,6 +71,7 @@ def dense(adapter: Adapter) -> dict[str, Array]:
         [[2. 2.]
          [2. 2.]]
     """
+    check_adapters([adapter])
     return {name: product(factors) for name, factors in adapter.items()}
 
 
@@ -93,7 +94,7 @@ def apply(
         A tree like the base, computed in float32 and rounded once to the base's types.
 
     Raises:
-        MergeError: a leaf that the base lacks, or whose shape differs.
+        MergeError: factors that do not chain, a leaf that the base lacks, or whose shape differs.
 
     Example:
         >>> base = {'dense': {'kernel': jnp.zeros((2, 2)), 'bias': jnp.zeros(2)}}
@@ -102,6 +103,7 @@ def apply(
         [[0.5 0.5]
          [0.5 0.5]]
     """
+    check_adapters([adapter])
     leaves, back = leaves_by_name(base, "the base")
     specs = {name: (tuple(x.shape), x.dtype) for name, x in leaves.items()}
     infos = {info.name: info for info in describe(specs, style=layout, layouts=layouts)}
@@ -169,7 +171,8 @@ def _problems(label: str, factors: Any) -> list[str]:
         ]
     if hyper.is_traced(factors):
         return []
-    bad = sum(int((~jnp.isfinite(jnp.asarray(x))).sum()) for x in jax.tree.leaves(factors))
+    numbers = [np.asarray(x).astype(np.float32) for x in jax.tree.leaves(factors)]
+    bad = sum(int((~np.isfinite(x)).sum()) for x in numbers)
     message = f"{label} has {bad} non-finite values (NaN or Inf); repair it or leave it out"
     return [message] if bad else []
 

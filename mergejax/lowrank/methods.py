@@ -18,6 +18,7 @@ from mergejax.lowrank.factors import (
     check_adapters,
     check_rank,
     concatenated,
+    folded,
     product_svd,
 )
 from mergejax.registry import read_call
@@ -196,3 +197,47 @@ def cat(adapters: Sequence[Adapter], logits: Scaling = 0.0) -> dict[str, Factors
         )
         for name in adapters[0]
     }
+
+
+@adapter_method
+def linear(adapters: Sequence[Adapter], logits: Scaling = 0.0) -> dict[str, Factors]:
+    r"""Adds up the factors themselves, which is not the sum of the deltas.
+
+    .. math:: \Delta=\Big(\sum_i A_i\Big)\Big(\sum_i w_i s_iB_i\Big),\qquad w=softmax(v)
+
+    with cross terms between adapters; `cat` has none.
+
+    Args:
+        adapters: one per expert, of one rank.
+        logits: v, a number or one per adapter, by leaf in `by_name({...})`.
+
+    Returns:
+        An adapter of the experts' rank.
+
+    Raises:
+        MergeError: ranks that differ.
+
+    Example:
+        >>> adapters = [{'q': Factors(jnp.full((1, 1), x), jnp.ones((1, 1)))} for x in (1.0, 3.0)]
+        >>> merged = linear(adapters)['q']
+        >>> print(merged.down @ merged.up)
+        [[4.]]
+
+    The linear mode that LoRA Soups (Prabhakar et al., 2025, arXiv:2410.13025) compares with.
+    """
+    raise_all(
+        [
+            f"linear: leaf '{name}' has ranks {ranks}, but factors of one rank are added; refactor "
+            "the adapters first"
+            for name in adapters[0]
+            if len(set(ranks := [adapter[name].rank for adapter in adapters])) > 1
+        ]
+    )
+    merged = {}
+    for name in adapters[0]:
+        pairs = [folded(adapter[name]) for adapter in adapters]
+        weights = jax.nn.softmax(numbers_at(logits, name, len(adapters)))
+        up = jnp.einsum("n,nro->ro", weights, jnp.stack([up for _, up in pairs]))
+        down = jnp.stack([down for down, _ in pairs]).sum(0)
+        merged[name] = Factors(down, up, jnp.float32(1))
+    return merged

@@ -1,5 +1,6 @@
 """DC-Merge for adapters: even out the spectra, merge in a basis that covers all experts."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -79,16 +80,11 @@ def dc_merge(
     bases: dict[str, tuple[Array, Array]] = {}
     cores: list[dict[str, Array]] = [{} for _ in adapters]
     for name in adapters[0]:
-        several = [product_svd(adapter[name]) for adapter in adapters]
-        limit = numbers_at(ratio, name, 1)[0]
-        values = [_smoothed(_padded(v, rank), smoothing, limit) for _, v, _ in several]
-        there = [(v > 0).astype(v.dtype)[None, :] for v in values]
-        lefts = [_padded(u, rank) * t for (u, _, _), t in zip(several, there, strict=True)]
-        rights = [_padded(vt.T, rank) * t for (_, _, vt), t in zip(several, there, strict=True)]
-        left, right = polar(jnp.concatenate(lefts, 1)), polar(jnp.concatenate(rights, 1))
+        several = [adapter[name] for adapter in adapters]
+        left, right, found = _covered(several, numbers_at(ratio, name, 1)[0], rank, smoothing)
         bases[name] = (left, right)
-        for own, u, v, w in zip(cores, lefts, values, rights, strict=True):
-            own[name] = ((left.T @ u) * v[None, :]) @ (w.T @ right)
+        for own, core in zip(cores, found, strict=True):
+            own[name] = core
     merged = merge(host, jax.tree.map(jnp.zeros_like, cores[0]), cores)
     if isinstance(merged, list):
         raise MergeError(
@@ -111,3 +107,20 @@ def _padded(x: Array, rank: int) -> Array:
     kept = x[..., :rank]
     widths = [(0, 0)] * (x.ndim - 1) + [(0, rank - kept.shape[-1])]
     return jnp.pad(kept, widths)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "smoothing"))
+def _covered(
+    several: Sequence[Factors], ratio: Array, rank: int, smoothing: str
+) -> tuple[Array, Array, list[Array]]:
+    """Bases that cover the leading directions of one leaf's deltas, and the deltas in them."""
+    triplets = []
+    for factors in several:
+        u, values, vt = product_svd(factors)
+        smooth = _smoothed(_padded(values, rank), smoothing, ratio)
+        there = (smooth > 0).astype(smooth.dtype)[None, :]
+        triplets.append((_padded(u, rank) * there, smooth, _padded(vt.T, rank) * there))
+    left = polar(jnp.concatenate([u for u, _, _ in triplets], 1))
+    right = polar(jnp.concatenate([v for _, _, v in triplets], 1))
+    cores = [((left.T @ u) * values[None, :]) @ (v.T @ right) for u, values, v in triplets]
+    return left, right, cores

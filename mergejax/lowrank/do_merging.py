@@ -92,27 +92,31 @@ def do_merging(
     DO-Merging (2025). A proposal after its abstract: the authors' formulas and code were not at
     hand, and the penalty, steps and step size are of this library.
     """
-    merged = {}
-    for name in adapters[0]:
-        pairs = [folded(adapter[name]) for adapter in adapters]
-        sizes = [_row_norms(down, up) for down, up in pairs]
-        directions = [
-            (_inverse(size)[:, None] * down, up)
-            for size, (down, up) in zip(sizes, pairs, strict=True)
-        ]
-        gram = jnp.stack(
-            [
-                jnp.stack([jnp.sum((a.T @ c) * (b @ d.T)) for c, d in directions])
-                for a, b in directions
-            ]
-        ) / len(sizes[0])
-        mixed = mixture(
-            gram, numbers_at(penalty, name, 1)[0], numbers_at(step_size, name, 1)[0], steps
+    return {
+        name: _merged(
+            [adapter[name] for adapter in adapters],
+            numbers_at(penalty, name, 1)[0],
+            numbers_at(step_size, name, 1)[0],
+            numbers_at(scaling, name, 1)[0],
+            steps,
         )
-        weights = mixed.sum(0)
-        down = jnp.concatenate([w * a for w, (a, _) in zip(weights, directions, strict=True)], 1)
-        up = jnp.concatenate([b for _, b in directions])
-        length = numbers_at(scaling, name, 1)[0] * sum(sizes) / len(sizes)
-        rows = length * _inverse(_row_norms(down, up))
-        merged[name] = Factors(rows[:, None] * down, up, jnp.float32(1))
-    return merged
+        for name in adapters[0]
+    }
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _merged(
+    several: Sequence[Factors], penalty: Array, step_size: Array, scaling: Array, steps: int
+) -> Factors:
+    pairs = [folded(factors) for factors in several]
+    sizes = [_row_norms(down, up) for down, up in pairs]
+    directions = [
+        (_inverse(size)[:, None] * down, up) for size, (down, up) in zip(sizes, pairs, strict=True)
+    ]
+    rows = [[jnp.sum((a.T @ c) * (b @ d.T)) for c, d in directions] for a, b in directions]
+    gram = jnp.stack([jnp.stack(row) for row in rows]) / len(sizes[0])
+    weights = mixture(gram, penalty, step_size, steps).sum(0)
+    down = jnp.concatenate([w * a for w, (a, _) in zip(weights, directions, strict=True)], 1)
+    up = jnp.concatenate([b for _, b in directions])
+    length = scaling * jnp.stack(sizes).mean(0)
+    return Factors((length * _inverse(_row_norms(down, up)))[:, None] * down, up, jnp.float32(1))

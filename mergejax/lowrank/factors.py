@@ -177,6 +177,7 @@ def _problems(label: str, factors: Any) -> list[str]:
     return [message] if bad else []
 
 
+@jax.jit
 def concatenated(several: Sequence[Factors], weights: Any) -> Factors:
     """The weighted sum of products as one product, scales and weights folded into `up`."""
     pairs = [folded(factors) for factors in several]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,12 +109,17 @@ def recover(shared: Mapping[str, Shared], expert: int) -> dict[str, Factors]:
     """
     recovered = {}
     for name, leaf in shared.items():
+        down, up = _mixed(leaf, expert)
         rank = leaf.ranks[expert]
-        with jax.default_matmul_precision("highest"):
-            down = jnp.einsum("rp,prd->dr", leaf.down_mix[expert], leaf.down)
-            up = jnp.einsum("rp,prd->rd", leaf.up_mix[expert], leaf.up)
         recovered[name] = Factors(down[:, :rank], up[:rank], jnp.float32(1))
     return recovered
+
+
+@jax.jit
+def _mixed(leaf: Shared, expert: Any) -> tuple[Array, Array]:
+    with jax.default_matmul_precision("highest"):
+        down = jnp.einsum("rp,prd->dr", leaf.down_mix[expert], leaf.down)
+        return down, jnp.einsum("rp,prd->rd", leaf.up_mix[expert], leaf.up)
 
 
 def recovery_errors(

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from mergejax.core import Array
 from mergejax.lowrank.factors import Factors, folded
 
 
+@jax.jit
 def balanced_units(factors: Factors) -> tuple[Array, Array]:
     """The rank units of a product, both sides of one norm: [rank, in] and [rank, out].
 

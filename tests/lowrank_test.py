@@ -189,9 +189,9 @@ def test_knots_transposed_shares_the_other_side():
     close({n: x.T for n, x in got.items()}, wide(mj.lowrank.knots(drawn(), shared="output")))
 
 
-def test_sums_may_be_jitted():
+def test_others_than_knots_and_lego_may_be_jitted():
     adapters = drawn()
-    for text in ("concatenate()", "svd(rank=2)", "cat()"):
+    for text in ("concatenate()", "svd(rank=2)", "cat()", "do_merging()", "dc_merge(rank=2)"):
         got = jax.jit(lambda several, text=text: mj.lowrank.merge(text, several))(adapters)
         close(got, wide(mj.lowrank.merge(text, adapters)))
 
@@ -211,6 +211,12 @@ def test_ranks_above_the_matrix_single_elements_and_extreme_scales_stay_finite(t
             assert np.isfinite(x).all()
             assert x.shape == shape
             assert np.abs(x).max() > 0
+
+
+@pytest.mark.parametrize("text", ["knots()", "lego(rank=2)"])
+def test_what_looks_at_values_is_refused_under_a_trace(text):
+    with pytest.raises(mj.MergeError, match="looks at values; call it outside jit, vmap and grad"):
+        jax.jit(lambda several: mj.lowrank.merge(text, several))(drawn())
 
 
 # Refusals -----------------------------------------------------------------------------------------
@@ -305,3 +311,11 @@ def test_a_base_without_the_leaf_or_of_another_shape_is_refused():
     base = {n: np.zeros(shape[::-1], np.float32) for n, shape in SHAPES.items()}
     with pytest.raises(mj.MergeError, match=r"is \(6, 5\) \[in, out\], but the base's is \(5, 6\)"):
         mj.lowrank.apply(base, adapter)
+    embedding = {"embed": {"embedding": np.zeros((3, 4), np.float32)}}
+    factors = Factors(np.ones((3, 1), np.float32), np.ones((1, 4), np.float32))
+    with pytest.raises(
+        mj.MergeError, match=r"leaf 'embed/embedding': .* name its layout by pattern"
+    ):
+        mj.lowrank.apply(embedding, {"embed/embedding": factors})
+    got = mj.lowrank.apply(embedding, {"embed/embedding": factors}, layouts={"embed": "io"})
+    np.testing.assert_array_equal(got["embed"]["embedding"], 1)

@@ -7,13 +7,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mergejax.api import merge
 from mergejax.core import Array
-from mergejax.errors import MergeError
 from mergejax.hyper import Positive, Scaling
 from mergejax.linalg.spectral import polar
 from mergejax.lowrank.factors import Adapter, Factors, product_svd
-from mergejax.lowrank.methods import adapter_method, numbers_at
+from mergejax.lowrank.methods import adapter_method, merge_coordinates, numbers_at
 
 _HOST = "ties(density=0.001, scope='tensor', cut='exact', zero='plus')"
 
@@ -85,11 +83,7 @@ def dc_merge(
         bases[name] = (left, right)
         for own, core in zip(cores, found, strict=True):
             own[name] = core
-    merged = merge(host, jax.tree.map(jnp.zeros_like, cores[0]), cores)
-    if isinstance(merged, list):
-        raise MergeError(
-            f"dc_merge(host={host!r}) gives one model per expert; choose a host that reduces them"
-        )
+    merged = merge_coordinates("dc_merge", host, cores)
     block = jnp.arange(rank * len(adapters)) // rank
     inside = (block[:, None] == block[None, :]).astype(jnp.float32)
     return {

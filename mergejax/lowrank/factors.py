@@ -116,7 +116,11 @@ def apply(
     )
     problems = []
     for name, factors in adapter.items():
-        matrix, restore = as_matrix(jnp.asarray(leaves[name]), infos[name].layout)
+        try:
+            matrix, restore = as_matrix(jnp.asarray(leaves[name]), infos[name].layout)
+        except MergeError as error:
+            problems.append(f"leaf '{name}': {error}")
+            continue
         shape = (factors.down.shape[0], factors.up.shape[-1])
         if matrix.shape != shape:
             problems.append(

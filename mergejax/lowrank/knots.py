@@ -6,11 +6,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax.api import merge
-from mergejax.errors import MergeError
 from mergejax.hyper import NonNegative, Scaling, resolve
 from mergejax.lowrank.factors import Adapter, Factors
-from mergejax.lowrank.methods import adapter_method
+from mergejax.lowrank.methods import adapter_method, merge_coordinates, refuse_traced
 
 
 def joint_coordinates(
@@ -95,6 +93,7 @@ def knots(
     number of coordinates by their size, so not inside `jax.jit`. Where singular values repeat, the
     coordinates are defined up to a rotation, which a host that looks at elements can see.
     """
+    refuse_traced("knots", adapters)
     coordinates: list[dict[str, jnp.ndarray]] = [{} for _ in adapters]
     bases = {}
     for name in adapters[0]:
@@ -103,16 +102,10 @@ def knots(
         found, bases[name], _ = joint_coordinates(several, shared, limit, relative)
         for own, z in zip(coordinates, found, strict=True):
             own[name] = jnp.asarray(z if shared == "output" else z.T, jnp.float32)
-    zero = {name: jnp.zeros_like(z) for name, z in coordinates[0].items()}
-    merged = merge(host, zero, coordinates, seed=seed)
-    if isinstance(merged, list):
-        raise MergeError(
-            f"knots(host={host!r}) gives one model per expert; choose a host that reduces them, "
-            "such as ties()"
-        )
+    merged = merge_coordinates("knots", host, coordinates, seed)
     adapter = {}
-    for name, z in merged.items():
+    for name, core in merged.items():
         basis = jnp.asarray(float(resolve(scaling, name, 0.0)) * bases[name].T, jnp.float32)
-        down, up = (z, basis) if shared == "output" else (basis.T, z)
+        down, up = (core, basis) if shared == "output" else (basis.T, core)
         adapter[name] = Factors(down, up, jnp.float32(1))
     return adapter

@@ -8,7 +8,7 @@ import numpy as np
 
 from mergejax.errors import raise_all
 from mergejax.lowrank.factors import Adapter, Factors
-from mergejax.lowrank.methods import adapter_method
+from mergejax.lowrank.methods import adapter_method, refuse_traced
 from mergejax.lowrank.units import balanced_units
 
 
@@ -86,6 +86,7 @@ def lego(adapters: Sequence[Adapter], rank: int, seed: int = 0) -> dict[str, Fac
     balance of the sides and the sign are of this library, and of their two rescalings only that of
     the norms is built. Rank units are those of the given factors, which a product does not fix.
     """
+    refuse_traced("lego", adapters)
     problems, merged = [], {}
     for name in adapters[0]:
         units = [balanced_units(adapter[name]) for adapter in adapters]

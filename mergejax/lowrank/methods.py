@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mergejax import hyper
+from mergejax import api, hyper
 from mergejax.errors import MergeError, did_you_mean, raise_all
 from mergejax.hyper import Scaling, Weights
 from mergejax.lowrank.factors import (
@@ -71,6 +71,40 @@ def _list_problems(label: str, value: Any, adapter: Adapter, count: int) -> list
 def numbers_at(value: Any, name: str, count: int) -> Any:
     """A hyper-parameter at one leaf: one number per adapter, float32."""
     return jnp.broadcast_to(jnp.asarray(hyper.resolve(value, name, 0.0), jnp.float32), (count,))
+
+
+def refuse_traced(label: str, adapters: Sequence[Adapter]) -> None:
+    """Refuses tracers in a method that looks at values.
+
+    Raises:
+        MergeError: an adapter is traced.
+    """
+    if hyper.is_traced(adapters):
+        raise MergeError(f"{label} looks at values; call it outside jit, vmap and grad")
+
+
+def merge_coordinates(
+    label: str, host: Any, coordinates: Sequence[dict[str, jax.Array]], seed: int = 0
+) -> dict[str, jax.Array]:
+    """Merges coordinates of the experts, by leaf name, with any method of the library.
+
+    Args:
+        label: the method for adapters that asks.
+        host: a chain or a text.
+        coordinates: one mapping per expert.
+        seed: of the host's random numbers.
+
+    Raises:
+        MergeError: what the host refuses, or a host that does not reduce the experts.
+    """
+    zero = jax.tree.map(jnp.zeros_like, coordinates[0])
+    merged = api.merge(host, zero, coordinates, seed=seed)
+    if isinstance(merged, list):
+        raise MergeError(
+            f"{label}(host={host!r}) gives one model per expert; choose a host that reduces them, "
+            "such as ties()"
+        )
+    return merged
 
 
 def merge(method: str, adapters: Sequence[Adapter]) -> dict[str, Factors]:

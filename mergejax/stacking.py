@@ -144,16 +144,16 @@ def _renumbered(
             place = _split(name, blocks)
             if place and place[1] == old:
                 built[f"{place[0]}{new}{place[2]}"] = x
-    first = [set(), *[set() for _ in layers[1:]]]
+    found: list[set[str]] = [set() for _ in layers]
     for name in built:
         if place := _split(name, blocks):
-            first[place[1]].add(place[2])
+            found[place[1]].add(place[2])
     raise_all(
         [
             f"layer {old} of model {model} has other leaves than layer {layers[0][1]} of model "
-            f"{layers[0][0]}: {some(sorted(leaves ^ first[0]))}"
-            for leaves, (model, old) in zip(first, layers, strict=True)
-            if leaves != first[0]
+            f"{layers[0][0]}: {some(sorted(leaves ^ found[0]))}"
+            for leaves, (model, old) in zip(found, layers, strict=True)
+            if leaves != found[0]
         ]
     )
     return built

@@ -101,7 +101,7 @@ def compete(
 
     def apply(ds, leaf, seen):
         clamped, scaled = _clamped(ds, seen[1])
-        above, below = 0.0, 0.0
+        above = below = jnp.zeros_like(ds[0])
         several = per_expert(weights, len(ds))
         for d, score, key, weight in zip(
             clamped, _scores(ds, scaled, between), seen[3], several, strict=True

@@ -86,7 +86,7 @@ def select_variance(density: Fraction = 0.1):
         if len(ds) == 1:
             return ds
         centre = sum(ds) / len(ds)
-        variance = sum(jnp.square(d - centre) for d in ds) / len(ds)
+        variance = jnp.asarray(sum(jnp.square(d - centre) for d in ds)) / len(ds)
         varied = (variance > 0).sum(dtype=jnp.int32)
         count = jnp.floor(density * varied.astype(jnp.float32)).astype(jnp.int32)
         kept = first_largest(magnitude_key(variance).reshape(1, -1), count).reshape(variance.shape)

@@ -1,12 +1,11 @@
 """OPCM: merge experts that arrive one by one, each projected off what is merged already."""
 
-import jax
 import jax.numpy as jnp
 
 from mergejax.chains import by_role, chain
 from mergejax.core import Parts, Recall, Round, each, fold, method
 from mergejax.hyper import Fraction
-from mergejax.leaves import as_matrix
+from mergejax.linalg.spectral import decompose, is_real, on_matrices
 from mergejax.methods.combine import total
 from mergejax.summaries import ratio, squares
 
@@ -33,21 +32,21 @@ def orthogonal_total(alpha: Fraction = 0.5, zero_diagonal: bool = False) -> Part
         orthogonal_total(alpha=0.3)
     """
 
-    def apply(state, d, leaf, seen):
-        so_far, _ = as_matrix(state, leaf.layout)
-        new, restore = as_matrix(d, leaf.layout)
-        left, values, right = jnp.linalg.svd(so_far, full_matrices=False)
-        mass = values.sum()
-        share = jnp.cumsum(values) / jnp.where(mass > 0, mass, 1.0)
+    def add(so_far, new):
+        whole = decompose(so_far)
+        mass = whole.values.sum()
+        share = jnp.cumsum(whole.values) / jnp.where(mass > 0, mass, 1.0)
         # Directions without a singular value are arbitrary; projecting there would be noise.
-        real = values > jnp.finfo(values.dtype).eps * max(so_far.shape) * values[0]
+        real = is_real(whole.values, so_far.shape)
         leading = real & ((share <= alpha) | (alpha >= 1))
         mask = leading[:, None] & leading[None, :]
         if zero_diagonal:
             mask = mask | jnp.diag(real)
-        with jax.default_matmul_precision("highest"):
-            inner = jnp.where(mask, left.T @ new @ right.T, 0.0)
-            return state + restore(new - left @ inner @ right)
+        inner = jnp.where(mask, whole.left.T @ new @ whole.right, 0.0)
+        return so_far + (new - whole.left @ inner @ whole.right.T)
+
+    def apply(state, d, leaf, seen):
+        return on_matrices(add, leaf.layout, state, d)
 
     return Parts(apply=apply, init=lambda leaf, zeros: zeros)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax.errors import MergeError, did_you_mean
+from mergejax.errors import MergeError, did_you_mean, raise_all
 
 
 class Interval(NamedTuple):
@@ -219,6 +219,24 @@ def bind(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     if problems:
         raise MergeError("\n".join(problems))
     return dict(bound.arguments)
+
+
+def refuse_lists(label: str, **numbers: Any) -> None:
+    """Refuses lists for numbers that hold for all experts together.
+
+    Raises:
+        MergeError: one sentence for each list.
+
+    Example:
+        >>> refuse_lists('swudi', time=300.0)
+    """
+    raise_all(
+        [
+            f"{label}({name}={list(value)}) holds for all experts together; give one number"
+            for name, value in numbers.items()
+            if isinstance(value, list | tuple)
+        ]
+    )
 
 
 def _problems(label: str, annotation: Any, value: Any) -> list[str]:

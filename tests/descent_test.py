@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import reference_descent as reference
-from spectral_models import IN, OUT, deltas, merged, near, rotation
+from spectral_models import IN, OUT, deltas, merged, near, one_of_each, rotation
 
 import mergejax as mj
 
@@ -75,7 +75,7 @@ def test_an_expert_that_changes_nothing_is_left_out(method, restated, options):
     near(merged(method, taus), restated(taus, **options), 2e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of_each(METHODS))
 def test_a_torch_tree_gives_the_answer_of_its_flax_twin(method):
     taus = deltas(3)
     near(merged(method, taus, "torch"), merged(method, taus, "flax"))
@@ -185,6 +185,17 @@ def test_a_long_descent_of_dop_reaches_the_exact_minimum():
     assert loss(got) <= 1.02 * loss(expected)
 
 
+def test_the_quantile_of_the_trust_region_is_that_of_the_whole_model():
+    taus = [{"small": tau, "large": 4 * tau} for tau in deltas(3)]
+    trees = [{n: np.float32(x) for n, x in tau.items()} for tau in taus]
+    base = {n: np.zeros((OUT, IN), np.float32) for n in taus[0]}
+    got = mj.merge("trust_region(quantile=0.6)", base, trees)
+    for n, expected in reference.trust_region(taus, quantile=0.6).items():
+        near(np.asarray(got[n], np.float64), expected)
+    dropped = {n: int((np.asarray(x) == 0).sum()) for n, x in got.items()}
+    assert dropped["small"] < dropped["large"]
+
+
 # Symmetries ---------------------------------------------------------------------------------------
 
 
@@ -228,53 +239,13 @@ def test_deltas_of_any_scale(method, factor):
     near(merged(method, [factor * tau for tau in taus]) / factor, merged(method, taus), 5e-5)
 
 
-# Which leaves -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        ("wudi()", 0.5),
-        ("wudi(others='base')", 0.0),
-        ("opt_merge(0.5)", 0.25),
-        ("swudi(0.5)", 0.25),
-        ("aswudi(0.5)", 0.25),
-        ("dc_merge(0.5)", 0.25),
-        ("doge_ta()", 0.0),
-    ],
-)
-def test_other_leaves_are_averaged_or_stay_at_the_base(method, expected):
-    base = {"norm": {"scale": np.float32([1, 2])}, "embed": {"embedding": np.ones((2, 3), "f")}}
-    experts = [base, {n: {k: x + 1 for k, x in leaf.items()} for n, leaf in base.items()}]
-    got = mj.merge(method, base, experts)
-    np.testing.assert_allclose(got["norm"]["scale"], base["norm"]["scale"] + expected)
-    np.testing.assert_allclose(got["embed"]["embedding"], 1 + expected)
-
-
-def test_dop_averages_other_leaves_pairwise():
-    base = {"bias": np.zeros(1, np.float32)}
-    experts = [{"bias": np.float32([x])} for x in (4.0, 0.0, 8.0)]
-    assert float(mj.merge("dop()", base, experts)["bias"][0]) == 5.0
-
-
-def test_the_quantile_of_the_trust_region_is_that_of_the_whole_model():
-    taus = [{"small": tau, "large": 4 * tau} for tau in deltas(3)]
-    trees = [{n: np.float32(x) for n, x in tau.items()} for tau in taus]
-    base = {n: np.zeros((OUT, IN), np.float32) for n in taus[0]}
-    got = mj.merge("trust_region(quantile=0.6)", base, trees)
-    for n, expected in reference.trust_region(taus, quantile=0.6).items():
-        near(np.asarray(got[n], np.float64), expected)
-    dropped = {n: int((np.asarray(x) == 0).sum()) for n, x in got.items()}
-    assert dropped["small"] < dropped["large"]
-
-
 # Degenerate inputs --------------------------------------------------------------------------------
 
 _ONE = deltas(1, seed=7)[0]
 _LOW = np.outer(_ONE[:, 0], _ONE[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of_each(METHODS))
 @pytest.mark.parametrize(
     "taus",
     [[_ONE] * 3, [_ONE, -_ONE], [_LOW, _LOW], [_LOW, 2 * _LOW, _ONE], [0 * _ONE, _LOW]],
@@ -302,6 +273,8 @@ def test_more_experts_than_directions():
         (functools.partial(mj.dop, space="rows"), r"'rows' is not a choice"),
         (functools.partial(mj.swudi, start="one"), r"'one' is not a choice"),
         (functools.partial(mj.dc_merge, density=0.0), r"density"),
+        (functools.partial(mj.swudi, time=[1.0, 2.0]), r"time=\[1.0, 2.0\].*one number"),
+        (functools.partial(mj.cart, density=[0.1, 0.2]), r"density=.*one number"),
     ],
 )
 def test_values_out_of_range_are_refused(make, message):

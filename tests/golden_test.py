@@ -38,6 +38,23 @@ def _zero_model(case, name):
     return np.full(np.shape(models[0][name]), zero)
 
 
+def _unchanged_kernel(case, name):
+    """Kernels that one expert changed and another did not."""
+    base = np.asarray(case.base[name])
+    changed = {np.any(np.asarray(expert[name]) != base) for expert in case.experts}
+    return np.full(base.shape, base.ndim == 2 and len(changed) == 2)
+
+
+def _narrow_kernel(case, name):
+    shape = np.shape(case.base[name])
+    return np.full(shape, len(shape) == 2 and min(shape) < len(case.experts))
+
+
+_SUBSPACES = (
+    "dc_merge (full fine-tuning)",
+    "fusion_bench/isotropic_merging (Iso-CTS)",
+    "fusion_bench/task_singular_vector",
+)
 DEVIATIONS = (
     Deviation(
         ("regmean",),
@@ -50,6 +67,17 @@ DEVIATIONS = (
         _zero_model,
         "a leaf that is zero in one model has no direction: interpolated linearly, where mergekit "
         "and FusionBench take it as orthogonal",
+    ),
+    Deviation(
+        _SUBSPACES,
+        _unchanged_kernel,
+        "an expert that leaves a kernel as it is brings no directions to it: peers take the "
+        "arbitrary ones of a decomposition of zeros",
+    ),
+    Deviation(
+        ("dc_merge (full fine-tuning)", "fusion_bench/task_singular_vector"),
+        _narrow_kernel,
+        "a kernel narrower than the number of experts is averaged: peers leave it at the base",
     ),
 )
 HALF = (

@@ -34,3 +34,8 @@ def spectrum(x):
 
 def rotation(size, seed):
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0]
+
+
+def one_of_each(methods):
+    """One chain for each method that the chains end with."""
+    return list({chain.split("|")[-1].split("(")[0]: chain for chain in methods}.values())

@@ -1,12 +1,10 @@
 """Spectral methods: their restatements, their spectra, their symmetries, degenerate inputs."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
 import reference_spectral as reference
-from spectral_models import IN, OUT, deltas, merged, near, rotation, spectrum
+from spectral_models import IN, OUT, deltas, merged, near, one_of_each, rotation, spectrum
 
 import mergejax as mj
 
@@ -50,7 +48,7 @@ def test_equals_its_restatement(method, restated, options):
         near(merged(method, taus, base=deltas(1, seed=9)[0]), restated(taus, **options))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of_each(METHODS))
 def test_a_torch_tree_gives_the_answer_of_its_flax_twin(method):
     taus = deltas(3)
     np.testing.assert_allclose(
@@ -66,38 +64,6 @@ def test_dense_general_kernels_are_matrices_too():
     np.testing.assert_allclose(
         np.reshape(got, (IN, OUT)).T, merged("iso_cts(common=0.5)", taus), rtol=1e-5, atol=1e-5
     )
-
-
-# Which leaves -------------------------------------------------------------------------------------
-
-_OTHERS = {"embed": {"embedding": (OUT, IN)}, "norm": {"scale": (OUT,)}, "bias": (OUT,)}
-
-
-@pytest.mark.parametrize("method", ["tsv_merge(0.5)", "iso_c(0.5)", "iso_cts(0.5)", "r_tsvm(0.5)"])
-def test_other_leaves_are_averaged_and_scaled_alike(method):
-    rng = np.random.default_rng(3)
-    draw = lambda shape: np.asarray(rng.normal(size=shape), np.float32)
-    base, *experts = (
-        jax.tree.map(draw, _OTHERS, is_leaf=lambda x: isinstance(x, tuple)) for _ in range(3)
-    )
-    got = mj.merge(method, base, experts)
-    halfway = jax.tree.map(lambda b, x, y: b + 0.5 * ((x + y) / 2 - b), base, *experts)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, halfway)
-
-
-def test_an_embedding_is_merged_like_a_kernel_when_the_user_says_so():
-    taus = deltas(3)
-    trees = [{"embedding": np.float32(tau.T)} for tau in taus]
-    base = jax.tree.map(np.zeros_like, trees[0])
-    roles, layouts = {"embedding": "kernel"}, {"embedding": "io"}
-    got = mj.merge("iso_c()", base, trees, roles=roles, layouts=layouts)["embedding"]
-    near(np.asarray(got, np.float64).T, reference.iso_c(taus))
-
-
-def test_modifiers_leave_other_leaves_as_they_are():
-    base, expert = {"bias": np.zeros(4, np.float32)}, {"bias": np.float32([1, 2, 3, 4])}
-    got = mj.merge("total()|svc(2.0)|subspace_boosting(0.0)", base, [expert])
-    np.testing.assert_array_equal(got["bias"], expert["bias"])
 
 
 # Symmetries ---------------------------------------------------------------------------------------
@@ -129,7 +95,7 @@ def test_one_sided_methods_tell_inputs_from_outputs(method):
 
 
 @pytest.mark.parametrize("factor", [1e-18, 1e-6, 1e12])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of_each(METHODS))
 def test_deltas_of_any_scale(method, factor):
     taus = deltas(2, seed=6)
     near(merged(method, [factor * tau for tau in taus]) / factor, merged(method, taus))
@@ -207,7 +173,7 @@ _ONE = deltas(1, seed=7)[0]
 _LOW = np.outer(_ONE[:, 0], _ONE[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of_each(METHODS))
 @pytest.mark.parametrize(
     "taus",
     [[_ONE] * 3, [_ONE, -_ONE], [_LOW, _LOW], [_LOW, 2 * _LOW.copy(), _ONE], [0 * _ONE, _LOW]],
@@ -243,5 +209,6 @@ def test_more_experts_than_directions_are_averaged():
 
 
 def test_a_common_share_out_of_range_is_refused():
-    with pytest.raises(mj.MergeError, match=r"common=.*\[0, 1\], not 1.5"):
-        mj.iso_cts(common=1.5)
+    for value in (1.5, [0.5, 0.5], "all"):
+        with pytest.raises(mj.MergeError, match=r"common=.*one number in \[0, 1\], not "):
+            list(mj.chains.walk(mj.iso_cts(common=value)))

@@ -6,7 +6,7 @@ import optax
 from mergejax.chains import by_role, chain
 from mergejax.core import Parts, method, reduce
 from mergejax.errors import MergeError
-from mergejax.hyper import Density, Positive, Scaling
+from mergejax.hyper import Density, Positive, Scaling, refuse_lists
 from mergejax.linalg.descent import descend
 from mergejax.linalg.spectral import decompose, is_real, on_matrices, unit
 from mergejax.linalg.subspaces import equal_ranks, leading
@@ -61,6 +61,7 @@ def corrected_total(
         >>> mj.corrected_total(steps=100)
         corrected_total(steps=100)
     """
+    refuse_lists("corrected_total", scaling=scaling, density=density, learning_rate=learning_rate)
     problems = [("subspace", subspace, 1), ("steps", steps, 0)]
     for name, value, least in problems:
         if value < least:

@@ -96,8 +96,10 @@ def isotropic_subspaces(common: float = 0.8):
         >>> mj.isotropic_subspaces(common=0.5)
         isotropic_subspaces(common=0.5)
     """
-    if not 0 <= common <= 1:
-        raise MergeError(f"isotropic_subspaces(common=...) must be in [0, 1], not {common!r}")
+    if not isinstance(common, float | int) or not 0 <= common <= 1:
+        raise MergeError(
+            f"isotropic_subspaces(common=...) must be one number in [0, 1], not {common!r}"
+        )
 
     def merge(*ds):
         size = min(ds[0].shape)

@@ -12,7 +12,7 @@ import optax
 from mergejax.chains import by_role, chain
 from mergejax.core import Array, method, reduce
 from mergejax.errors import MergeError
-from mergejax.hyper import Fraction, Positive, Scaling
+from mergejax.hyper import Fraction, Positive, Scaling, refuse_lists
 from mergejax.linalg.descent import descend
 from mergejax.linalg.spectral import on_matrices, truncate, unit
 from mergejax.linalg.subspaces import equal_ranks, present
@@ -66,6 +66,7 @@ def least_interference(steps: int = 300, learning_rate: Positive = 1e-5):
         >>> mj.least_interference(steps=100)
         least_interference(steps=100)
     """
+    refuse_lists("least_interference", learning_rate=learning_rate)
     _refuse_steps("least_interference", steps)
 
     def merge(*ds):
@@ -132,6 +133,7 @@ def low_rank_interference(
         >>> mj.low_rank_interference(momentum=0.0)
         low_rank_interference(momentum=0.0)
     """
+    refuse_lists("low_rank_interference", learning_rate=learning_rate, momentum=momentum)
     _refuse_steps("low_rank_interference", steps)
 
     def merge(*ds):

@@ -1,0 +1,334 @@
+"""From a request to everything that a merge needs, or to all the reasons why it cannot be done."""
+
+import dataclasses
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mergejax import errors
+from mergejax.checkpoints import compare, folder, output
+from mergejax.checkpoints.compare import Finding
+from mergejax.checkpoints.folder import Model
+from mergejax.checkpoints.request import FLOATS, Request, show_size
+from mergejax.checkpoints.safetensors import Tensor
+from mergejax.version import __version__
+
+_CONV1D = {"gpt2", "openai-gpt", "gptj_conv1d"}  # kernels are stored [in, out] there
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A merge that can be done.
+
+    Attributes:
+        request: what was asked for.
+        base: the base, or None.
+        experts: the experts.
+        method: the chain.
+        plan: which stages each leaf goes through.
+        merged: the leaves that the method merges.
+        copied: the leaves that keep the reference's values.
+        reads_base: whether the method looks at the base's values.
+        files: the tensors of every file of the result.
+        recipe: what the result says about itself; hashes are not known yet.
+        warnings: what looks odd.
+    """
+
+    request: Request
+    base: Model | None
+    experts: tuple[Model, ...]
+    method: Any
+    plan: Any
+    merged: tuple[Any, ...]
+    copied: tuple[Any, ...]
+    reads_base: bool
+    files: Mapping[str, Mapping[str, Tensor]]
+    recipe: Mapping[str, Any]
+    warnings: tuple[str, ...]
+
+    @property
+    def reference(self) -> Model:
+        """The model whose names, settings and types the result takes."""
+        return self.experts[0] if self.base is None else self.base
+
+    @property
+    def models(self) -> list[Model]:
+        """The base, if there is one, and the experts."""
+        return [*([] if self.base is None else [self.base]), *self.experts]
+
+
+@dataclasses.dataclass
+class Problems:
+    """What is wrong with a request: sentences, and findings about single tensors."""
+
+    lines: list[str] = dataclasses.field(default_factory=list)
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+
+    def attempt(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Calls a function; keeps its sentences and returns None if it refuses."""
+        try:
+            return function(*args, **options)
+        except errors.MergeError as error:
+            self.lines += str(error).splitlines()
+            return None
+
+    def sentences(self) -> list[str]:
+        return list(dict.fromkeys([*self.lines, *compare.sentences(self.findings)]))
+
+
+def prepare(request: Request) -> tuple[Job | None, Problems, list[str]]:
+    """Looks at a request from all sides; reads headers and a few values only.
+
+    Returns:
+        The job, or None if there are problems; the problems; the warnings.
+    """
+    problems = Problems()
+    models = _open(request, problems)
+    base, experts = (None, models) if request.base is None else (models[0], models[1:])
+    opened = all(model is not None for model in models)
+    warnings = [line for model in models if model is not None for line in model.warnings]
+    if opened:
+        problems.findings += compare.differences(base, experts)
+        if not problems.findings:
+            warnings += _look_at_values(base, experts, problems)
+        else:
+            problems.lines += _same_paths(experts)
+    problems.lines += target_problems(request)
+    method = problems.attempt(_method, request)
+    job = None
+    if opened and method is not None and not problems.findings:
+        job = problems.attempt(_plan, request, base, tuple(experts), method, warnings, problems)
+    if job is not None:
+        problems.lines += _space_problems(job)
+    if request.strict:
+        problems.lines += [f"{line} (--strict)" for line in warnings]
+    return (None if problems.sentences() else job), problems, warnings
+
+
+def _open(request: Request, problems: Problems) -> list[Any]:
+    paths = [*([] if request.base is None else [request.base]), *request.experts]
+    names = folder.distinct_names(list(request.experts))
+    if request.base is not None:
+        own = request.base.resolve().name
+        names = [own if own not in names else f"{own} (base)", *names]
+    return [problems.attempt(folder.open_model, p, n) for p, n in zip(paths, names, strict=True)]
+
+
+def _same_paths(experts: Sequence[Model]) -> list[str]:
+    paths = [expert.path.resolve() for expert in experts]
+    twice = {str(e.path) for e, path in zip(experts, paths, strict=True) if paths.count(path) > 1}
+    return [f"{path} is given as an expert twice; name each once" for path in sorted(twice)]
+
+
+def _look_at_values(base: Any, experts: Sequence[Model], problems: Problems) -> list[str]:
+    """What a look at a few values tells: doubles, integers that differ, transposed matrices."""
+    from mergejax.leaves import is_counter
+
+    reference = experts[0] if base is None else base
+    lines, warnings = compare.doubles(base, experts)
+    problems.lines += lines
+    integers = [
+        name
+        for name, tensor in reference.tensors.items()
+        if not compare.is_float(tensor.dtype) and not is_counter(name)
+    ]
+    problems.findings += compare.differing_buffers(base, experts, integers)
+    if base is not None:
+        warnings += compare.sentences(compare.transposed(base, experts))
+    return [*compare.type_warnings(base, experts), *warnings]
+
+
+def _method(request: Request) -> Any:
+    from mergejax.registry import as_chain
+
+    method = as_chain(request.method)
+    return method if request.weights is None else with_weights(method, request.weights)
+
+
+def with_weights(method: Any, weights: Sequence[float]) -> Any:
+    """The method with its parameter `weights` set.
+
+    Raises:
+        MergeError: it has none, or several.
+    """
+    from mergejax import hyper
+    from mergejax.chains import Chain
+    from mergejax.core import Stage
+
+    places = [
+        i
+        for i, item in enumerate(method.items)
+        if isinstance(item, Stage) and "weights" in item.arguments
+    ]
+    if len(places) != 1:
+        raise errors.MergeError(
+            f"--weights: {method!r} has {len(places) or 'no'} parameters 'weights'; write them "
+            "into the method, such as ties(weights=[0.5, 0.5])"
+        )
+    items = list(method.items)
+    stage = items[places[0]]
+    arguments = {**stage.arguments, "weights": list(weights)}
+    built = Stage(stage.factory, hyper.bind(stage.factory.function, (), arguments))
+    built.build()
+    items[places[0]] = built
+    return Chain(items)
+
+
+def target_problems(request: Request) -> list[str]:
+    """What is wrong with the place of the output; an occupied one is looked at later."""
+    if request.out is None:
+        return []
+    out, problems = request.out, []
+    whole = out.resolve()
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        problems.append(f"{out} is not a folder; choose another output")
+    for path in (*request.experts, *([] if request.base is None else [request.base])):
+        source = path.resolve()
+        if path.is_dir() and whole.is_relative_to(source):
+            problems.append(f"{out} is or lies inside the input {path}; choose another output")
+        elif source.is_relative_to(whole):
+            problems.append(f"the input {path} lies inside the output {out}; choose another output")
+    return problems
+
+
+def existing_parent(path: pathlib.Path) -> pathlib.Path:
+    """The nearest folder above a path that exists."""
+    return next(p for p in path.absolute().parents if p.exists())
+
+
+def _space_problems(job: Job) -> list[str]:
+    out = job.request.out
+    if out is None:
+        return []
+    parent = existing_parent(out)
+    needed, free = predicted_disk(job), shutil.disk_usage(parent).free
+    if needed > free:
+        return [
+            f"{out} needs {show_size(needed)}, but {parent} has {show_size(free)} free; make "
+            "space, or choose another disk"
+        ]
+    return []
+
+
+def predicted_disk(job: Job) -> int:
+    """The bytes of the result: weights exactly, side files, card and recipe nearly."""
+    sides = sum(path.stat().st_size for path in job.reference.sides.values())
+    return output.file_bytes(job.files, job.recipe) + sides + 4096
+
+
+def _plan(
+    request: Request,
+    base: Model | None,
+    experts: tuple[Model, ...],
+    method: Any,
+    warnings: Sequence[str],
+    problems: Problems,
+) -> Job:
+    from mergejax.chains import chain, reduces
+    from mergejax.leaves import BUFFER, HEAD
+    from mergejax.methods.combine import mean
+    from mergejax.plan import make_plan
+
+    if not reduces(method):
+        raise errors.MergeError(
+            f"{method!r} makes one model of each expert, not one of all; end it with a reduction "
+            "such as |mean()"
+        )
+    reference = experts[0] if base is None else base
+    infos = _describe(request, reference)
+    merged = tuple(info for info in infos if info.role not in (BUFFER, HEAD))
+    copied = tuple(info for info in infos if info.role in (BUFFER, HEAD))
+    if not merged:
+        raise errors.MergeError("no tensor is left to merge; relax --only or --exclude")
+    plan = make_plan(method, chain(mean()), merged, len(experts), base is not None)
+    reads_base = base is not None and needs_base(plan, len(experts))
+    out_type = None if request.dtype is None else FLOATS[request.dtype]
+    types = {
+        name: (out_type if out_type and compare.is_float(t.dtype) else t.dtype, t.shape)
+        for name, t in reference.tensors.items()
+    }
+    files = output.shards(types, request.shard_size)
+    recipe = make_recipe(request, base, experts, method, reads_base)
+    return Job(
+        request, base, experts, method, plan, merged, copied, reads_base, files, recipe,
+        tuple(warnings),
+    )  # fmt: skip
+
+
+def _describe(request: Request, reference: Model) -> list[Any]:
+    from mergejax.leaves import HEAD, describe, unmatched
+
+    names = list(reference.tensors)
+    errors.raise_all(unmatched(request.only, names))
+    specs = {name: (t.shape, t.dtype) for name, t in reference.tensors.items()}
+    conv1d = reference.config.get("model_type") in _CONV1D
+    pattern = r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$"
+    known = conv1d and any(re.search(pattern, name) for name in names)
+    layouts = {pattern: "io"} if known else None
+    infos = describe(specs, style="torch", exclude=request.exclude, layouts=layouts)
+    if not request.only:
+        return infos
+    return [
+        info
+        if any(re.search(pattern, info.name) for pattern in request.only)
+        else dataclasses.replace(info, role=HEAD)
+        for info in infos
+    ]
+
+
+def needs_base(plan: Any, experts: int) -> bool:
+    """Whether any stage reads the base's values, found out by running the chain without them."""
+    import jax
+
+    from mergejax import forms
+    from mergejax.run import Values, _as_data, _leaf
+
+    distinct = {tuple(p.path for p in placed): placed for placed in plan.placed.values()}
+    stages = [p.stage for placed in distinct.values() for p in placed]
+    if any(stage.factory.space == "delta" for stage in stages) or plan.passes:
+        return True
+    from mergejax.leaves import LeafInfo
+
+    info = LeafInfo("leaf", (4, 4), np.float32, "kernel", "io", 0.0, -1)
+    leaf = _leaf(info, Values(None, []), 0)
+    arrays = [np.zeros((4, 4), np.float32)] * experts
+    names = np.zeros((experts, 2), np.uint32)
+    try:
+        for placed in distinct.values():
+            run = lambda *xs, placed=placed: forms.run_leaf(
+                _as_data(placed), leaf, xs, names, {}, {}
+            )
+            jax.eval_shape(run, *arrays)
+    except Exception:  # whatever a stage does with a base that is None
+        return True
+    return False
+
+
+def make_recipe(
+    request: Request,
+    base: Model | None,
+    experts: Sequence[Model],
+    method: Any,
+    reads_base: bool,
+) -> dict[str, Any]:
+    """What the result says about itself: everything that determines its bytes."""
+    import jax
+
+    text = request.method if isinstance(request.method, str) else repr(method)
+    used = output.UNKNOWN if reads_base else None
+    return {
+        "mergejax": __version__,
+        "jax": jax.__version__,
+        "method": text,
+        "weights": None if request.weights is None else list(request.weights),
+        "base": None if base is None else {"name": base.name, "blake3": used},
+        "experts": [{"name": expert.name, "blake3": output.UNKNOWN} for expert in experts],
+        "seed": request.seed,
+        "dtype": request.dtype,
+        "only": list(request.only),
+        "exclude": list(request.exclude),
+    }

@@ -1,0 +1,301 @@
+"""Merges checkpoints from disk to disk: staged, resumable, verified, the same bytes every time."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mergejax import errors
+from mergejax.checkpoints import folder, output, pieces
+from mergejax.checkpoints.execute import (
+    Memory,
+    execute,
+    in_order,
+    input_bytes,
+    key_of,
+    parts_of,
+    recall,
+    verify,
+)
+from mergejax.checkpoints.folder import Model
+from mergejax.checkpoints.job import Job, prepare
+from mergejax.checkpoints.pieces import Runner, Work
+from mergejax.checkpoints.request import make_request, show_size
+from mergejax.checkpoints.safetensors import Tensor
+from mergejax.checkpoints.staging import Staging
+from mergejax.core import Leaf
+from mergejax.plan import local_numbers
+from mergejax.progress import Reporter
+from mergejax.randomness import name_key
+from mergejax.run import LEAFWISE, Values, _as_data, _is_elementwise, _leaf
+
+class Silent:
+    """A reporter that tells nobody."""
+
+    def log(self, text: str) -> None:
+        """Says nothing."""
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows nothing."""
+        yield lambda n: None
+
+
+def merge_checkpoints(
+    method: Any,
+    base: str | os.PathLike | None,
+    experts: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    reporter: Reporter | None = None,
+    **options: Any,
+) -> pathlib.Path:
+    """Merges models on disk into a new folder, in bounded memory.
+
+    Reading, arithmetic (in float32) and writing overlap. The result is staged beside `out` and
+    appears there by one renaming; the same call after an interruption continues and ends with the
+    same bytes. Inputs are never changed.
+
+    Args:
+        method: a chain (`mj.ties(density=0.2)`) or a text ('drop(rate=0.9)|ties()').
+        base: Hugging Face folder or safetensors file that the experts were fine-tuned from; its
+            names, types, settings and tokenizer are the result's. None for methods on weights,
+            which then take them from the first expert.
+        experts: folders or files.
+        out: the folder to write.
+        reporter: told what is going on; silent by default.
+        **options: `weights`, `dtype`, `seed`, `memory`, `shard_size`, `overwrite`, `only`,
+            `exclude`, `strict`, see `mergejax.checkpoints.request.Request`.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        MergeError: (a ValueError) one sentence for each problem of the inputs or the options.
+            Nothing is left behind.
+        OSError: the disk is full or broken; what was done so far is kept for the next call.
+
+    Example:
+        >>> import tempfile, numpy as np, mergejax as mj
+        >>> from safetensors.numpy import load_file, save_file
+        >>> folder = tempfile.mkdtemp()
+        >>> save_file({'w': np.zeros(2, np.float32)}, f'{folder}/base.safetensors')
+        >>> save_file({'w': np.ones(2, np.float32)}, f'{folder}/expert.safetensors')
+        >>> out = mj.merge_checkpoints('task_arithmetic(scaling=0.5)', f'{folder}/base.safetensors',
+        ...                            [f'{folder}/expert.safetensors'], f'{folder}/merged')
+        >>> print(load_file(out / 'model.safetensors')['w'])
+        [0.5 0.5]
+    """
+    request = make_request(base, experts, method, out, **options)
+    if request.out is None:
+        raise errors.MergeError("there is no output; name a folder to write")
+    job, problems, _ = prepare(request)
+    errors.raise_all(problems.sentences())
+    assert job is not None
+    run(job, reporter or Silent())
+    return request.out
+
+
+def run(job: Job, reporter: Reporter) -> None:
+    """Does what a job describes.
+
+    Raises:
+        MergeError: bad values, an occupied target.
+        OSError: a full or broken disk.
+    """
+    out = job.request.out
+    assert out is not None
+    for line in job.warnings:
+        reporter.log(f"warning: {line}")
+    staging = Staging(out)
+    occupied = out.exists() and any(out.iterdir())
+    if occupied and _is_done(job):
+        reporter.log(f"{out} holds this very merge already; nothing to do")
+        return
+    if occupied and not job.request.overwrite:
+        raise errors.MergeError(
+            f"{out} is not empty; choose another output, or replace it whole with --overwrite"
+        )
+    _refuse_read_only(out)
+    with staging:
+        try:
+            _merge(job, staging, reporter)
+        except errors.MergeError:
+            staging.remove()
+            raise
+        except OSError as error:
+            error.add_note(f"what was done is kept in {staging.folder}")
+            raise
+
+
+def _refuse_read_only(out: pathlib.Path) -> None:
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise errors.MergeError(f"{parent} is read-only; choose another output")
+
+
+def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:
+    lines = staging.resume(_identity(job))
+    if lines:
+        reporter.log(f"continuing from {staging.folder}")
+    started = time.monotonic()
+    works = make_works(job, output.place(job.files, staging.files, job.recipe))
+    names = np.array([name_key(expert.name) for expert in job.experts], np.uint32)
+    runner = Runner(job.reads_base, names, job.request.seed)
+    memory = recall(lines)
+    count = threads(job, works)
+    passes = 1 + len(job.plan.passes)
+    total = sum(input_bytes(part) for part in parts_of(works))
+    try:
+        with reporter.progress("merge", passes * total) as advance:
+            execute(
+                job.plan, works, runner, staging, memory, count, lambda _, size: advance(size)
+            )
+        recipe = _with_hashes(job, works, memory.digests)
+        output.write_headers(job.files, staging.files, recipe, runner.outputs)
+        verify(works, runner, memory, count)
+        runner.outputs.sync()
+    finally:
+        runner.close()
+    result = _result_hash(works, memory.done)
+    output.write_sides(job.reference, job.models, staging.files, recipe, result)
+    staging.publish()
+    seconds = time.monotonic() - started
+    moved = total + output.file_bytes(job.files, job.recipe)
+    reporter.log(
+        f"{job.request.out}: {len(works)} tensors of {len(job.experts)} experts in "
+        f"{seconds:.1f} s, {moved / 1e9 / seconds:.1f} GB/s"
+    )
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What must be the same for an interrupted merge to be continued."""
+    sources = [
+        [str(model.path.resolve()), sorted({str(t.path) for t in model.tensors.values()})]
+        for model in job.models
+    ]
+    sizes = [[os.stat(file).st_size for file in files] for _, files in sources]
+    return {"recipe": job.recipe, "inputs": [path for path, _ in sources], "bytes": sizes,
+            "shard_size": job.request.shard_size}  # fmt: skip
+
+
+def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
+    """Every leaf with its program, in the order in which the reference's files hold them."""
+    read = [*([job.base] if job.reads_base and job.base else []), *job.experts]
+    owners = [_owner(model, job.base) for model in read]
+    works = []
+    for info in job.merged:
+        placed = job.plan.placed[info.name]
+        blocks = _is_elementwise(placed)
+        seen = dataclasses.replace(info, role="", layout="") if blocks else info
+        local = jax.tree.map(LEAFWISE.narrow, local_numbers(job.plan, info))
+        program = _as_data(placed), _leaf(seen, Values(None, []), 0), local
+        tensors = [model.tensors[info.name] for model in read]
+        several = [f"{o} ({t.path.name})" for o, t in zip(owners, tensors, strict=True)]
+        works.append(Work(info, tensors, several, targets[info.name], blocks, program))
+    for info in job.copied:
+        tensor = job.reference.tensors[info.name]
+        owner = [_owner(job.reference, job.base)]
+        works.append(Work(info, [tensor], owner, targets[info.name], True, None))
+    place = {name: (str(t.path), t.offset) for name, t in job.reference.tensors.items()}
+    return sorted(works, key=lambda work: place[work.info.name])
+
+
+def _owner(model: Model, base: Model | None) -> str:
+    return "the base" if model is base else f"expert '{model.name}'"
+
+
+def threads(job: Job, works: Sequence[Work]) -> int:
+    """How many parts are worked on at once: as many as there are processors and memory for."""
+    count = max(2, os.cpu_count() or 2)
+    budget = job.request.memory or free_memory() // 2
+    return max(1, min(count, budget // max(part_memory(work) for work in works)))
+
+
+def part_memory(work: Work) -> int:
+    """An upper bound of what working on one part of a leaf takes, in bytes."""
+    length = min(pieces.PIECE, work.info.size) if work.blocks else work.info.size
+    stored = sum(tensor.dtype.itemsize for tensor in work.tensors)
+    return length * (stored + 4 * (2 * len(work.tensors) + 4)) + 2**20
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free."""
+    try:
+        text = pathlib.Path("/proc/meminfo").read_text()
+        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return 4 * 2**30
+
+
+def _with_hashes(
+    job: Job, works: Sequence[Work], digests: Mapping[Any, Sequence[Sequence[str]]]
+) -> dict[str, Any]:
+    """The recipe with the hashes of the models that were read."""
+    recipe = copy.deepcopy(dict(job.recipe))
+    read = [*([(recipe["base"], job.base)] if job.reads_base else [])]
+    read += zip(recipe["experts"], job.experts, strict=True)
+    merged = [work for work in works if work.program is not None]
+    for i, (entry, model) in enumerate(read):
+        chunks = {
+            work.info.name: [
+                d for part in work.parts() for d in digests[work.info.name, part[0]][i]
+            ]
+            for work in merged
+        }
+        entry["blake3"] = output.content_hash(
+            {name: model.tensors[name] for name in chunks}, chunks
+        )
+    return recipe
+
+
+def _result_hash(works: Sequence[Work], done: Mapping[Any, Sequence[str]]) -> str:
+    chunks = {
+        work.info.name: [d for part in work.parts() for d in done[work.info.name, part[0]]]
+        for work in works
+    }
+    return output.content_hash({work.info.name: work.target for work in works}, chunks)
+
+
+def _is_done(job: Job) -> bool:
+    """Whether the target holds the finished result of this very recipe and these very inputs."""
+    out = job.request.out
+    assert out is not None
+    try:
+        stored = folder.read_json(out / output.RECIPE)
+        there = folder.open_model(out)
+    except errors.MergeError:
+        return False
+    kinds = {n: (t.dtype, t.shape) for files in job.files.values() for n, t in files.items()}
+    if kinds != {name: (t.dtype, t.shape) for name, t in there.tensors.items()}:
+        return False
+    if not _alike(stored.get("recipe"), job.recipe):
+        return False
+    works = make_works(job, there.tensors)
+    runner = Runner(job.reads_base, np.zeros((0, 2), np.uint32), 0)
+    runner.outputs = runner.inputs
+    memory = Memory()
+    look = lambda part: (runner.digests_of(*part), runner.written(*part))
+    try:
+        for part, (digests, written) in in_order(look, parts_of(works), threads(job, works)):
+            memory.digests[key_of(part)], memory.done[key_of(part)] = digests, written
+    finally:
+        runner.inputs.close()
+    found = {"recipe": _with_hashes(job, works, memory.digests)}
+    return {**found, "result": _result_hash(works, memory.done)} == stored
+
+
+def _alike(stored: Any, recipe: Mapping[str, Any]) -> bool:
+    """Whether two recipes are the same but for their hashes."""
+    blank = re.compile(r'"[0-9a-f]{64}"')
+    texts = [blank.sub('"?"', json.dumps(r, sort_keys=True)) for r in (stored, recipe)]
+    return texts[0] == texts[1]

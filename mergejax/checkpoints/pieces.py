@@ -1,0 +1,211 @@
+"""One part of one leaf, from the files it is read from to the file it is written to.
+
+A chain whose stages are all elementwise runs in pieces of a fixed length, flat, whatever a leaf's
+shape: one program serves the whole model. Other chains see the leaf as it is.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import blake3
+import jax
+import numpy as np
+
+from mergejax import forms
+from mergejax.checkpoints import files
+from mergejax.checkpoints.files import CHUNK, Buffers, Files, ranges
+from mergejax.checkpoints.safetensors import Tensor
+from mergejax.core import Leaf
+from mergejax.leaves import LeafInfo
+from mergejax.randomness import fold_key
+from mergejax.run import LEAFWISE
+from mergejax.step import Due
+
+_OUTPUT = -1  # stands for the merged model where models are counted
+PIECE = 2**18  # elements; a piece of every expert stays in the processor's cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A leaf and what is to be done with it.
+
+    Attributes:
+        info: what is known about the leaf.
+        tensors: where its values lie: the base's, if it is read, then the experts'.
+        owners: whose the tensors are, in words.
+        target: where the merged values go.
+        blocks: whether it runs in pieces.
+        program: its stages, its `Leaf` without values, its own numbers; None for a copied leaf.
+    """
+
+    info: LeafInfo
+    tensors: Sequence[Tensor]
+    owners: Sequence[str]
+    target: Tensor
+    blocks: bool
+    program: tuple[Any, Leaf, Any] | None
+
+    def parts(self) -> list[tuple[int, int]]:
+        """The parts that are read, run and noted one by one; a leaf in pieces has several."""
+        size = self.info.size
+        return list(ranges(0, size, CHUNK)) if self.blocks and size > CHUNK else [(0, size)]
+
+
+class Outcome(NamedTuple):
+    """What came of one part.
+
+    Attributes:
+        found: what was measured, summed over the part, or None.
+        digests: of the inputs' chunks, for each model, if they were asked for.
+        written: digests of the output's chunks.
+        non_finite: (owner, count) of values that are NaN or infinite; the result's owner is ''.
+    """
+
+    found: Any
+    digests: Sequence[Sequence[str]]
+    written: Sequence[str]
+    non_finite: Sequence[tuple[str, int]]
+
+
+@functools.partial(jax.jit, static_argnames=("due", "dtype"))
+def _program(placed, leaf, experts, names, seed, seen, local, *, due, dtype):
+    leaf = leaf.replace(key=fold_key(leaf.key, seed))
+    found = forms.run_leaf(placed, leaf, experts, names, seen, local, due)
+    return found if due is not None else found[0].astype(dtype)
+
+
+def section(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """The elements from `start` to `stop` of a tensor, as a tensor of one axis."""
+    offset = tensor.offset + start * tensor.dtype.itemsize
+    return Tensor(tensor.path, tensor.dtype, (stop - start,), offset)
+
+
+def start_of(index: int) -> np.ndarray:
+    """The index of an element as two uint32 halves, low and high."""
+    return np.array([index & 0xFFFFFFFF, index >> 32], np.uint32)
+
+
+def _feed(hashers: dict, model: int, start: int, x: np.ndarray) -> None:
+    """Hashes elements of a model's leaf, chunk by chunk."""
+    for first, last in ranges(0, x.size, CHUNK):
+        hasher = hashers.setdefault((model, (start + first) // CHUNK), blake3.blake3())
+        hasher.update(x[first:last].view(np.uint8).data)
+
+
+class Runner:
+    """Runs parts of leaves; any number of threads may share it.
+
+    Args:
+        has_base: whether the first tensor of each work is the base's.
+        names: keys of the experts' names.
+        seed: of all random numbers.
+    """
+
+    def __init__(self, has_base: bool, names: np.ndarray, seed: int):
+        self._has_base, self._names, self._seed = has_base, names, np.uint32(seed)
+        self.inputs, self.outputs = Files(), Files(files.os.O_RDWR | files.os.O_CREAT)
+        self._buffers = Buffers()
+        self.broken = threading.Event()  # something is not finite: inputs are still looked at
+
+    def close(self) -> None:
+        self.inputs.close()
+        self.outputs.close()
+
+    def run(self, work: Work, part: tuple[int, int], seen: Any, due: Due | None, fresh: bool):
+        """Reads one part, runs its program and, in the last pass, writes the result.
+
+        Args:
+            work: the leaf.
+            part: from which element to which.
+            seen: what earlier passes measured.
+            due: the round to measure, or None in the last pass.
+            fresh: whether the inputs are read for the first time: they are checked and hashed.
+
+        Returns:
+            An `Outcome`.
+        """
+        found, bad = None, []
+        hashers: dict[tuple[int, int], Any] = {}
+        for piece in ranges(*part, PIECE if work.blocks else max(work.info.size, 1)):
+            values = [self._read(work, i, piece) for i in range(len(work.tensors))]
+            if fresh:
+                bad += self._look_at(work, values, piece[0], hashers)
+            if self.broken.is_set():
+                continue
+            result = self._compute(work, values, piece[0], seen, due)
+            if due is None:
+                bad += self._write(work, piece[0], result, hashers, bad)
+            else:
+                total = jax.tree.map(LEAFWISE.total, result)
+                found = total if found is None else jax.tree.map(np.add, found, total)
+        digests = [
+            [hasher.hexdigest() for (model, _), hasher in hashers.items() if model == i]
+            for i in (*range(len(work.tensors)), _OUTPUT)
+        ]
+        return Outcome(found, digests[:-1] if fresh else [], digests[-1], bad)
+
+    def _read(self, work: Work, index: int, piece: tuple[int, int]) -> np.ndarray:
+        place = section(work.tensors[index], *piece)
+        buffer = self._buffers.take(index, place.bytes)
+        self.inputs.read_into(place.path, place.offset, buffer)
+        return np.frombuffer(buffer, place.dtype, place.size)
+
+    def _look_at(
+        self, work: Work, values: Sequence[np.ndarray], start: int, hashers: dict
+    ) -> list[tuple[str, int]]:
+        """Hashes what was read and looks for values that are not finite."""
+        bad = []
+        for i, (owner, x) in enumerate(zip(work.owners, values, strict=True)):
+            _feed(hashers, i, start, x)
+            if work.program is not None and not files.is_finite(x, self._buffers.take("scratch", x.nbytes)):
+                bad.append((owner, files.count_non_finite(x)))
+                self.broken.set()
+        return bad
+
+    def _compute(self, work: Work, values: Sequence[np.ndarray], start: int, seen, due) -> Any:
+        if work.program is None:
+            return values[0]
+        placed, leaf, local = work.program
+        if not work.blocks:
+            values = [x.reshape(work.info.shape) for x in values]
+        values = [x.astype(np.float32) if x.dtype == np.float64 else x for x in values]
+        leaf = leaf.replace(start=start_of(start), base=values[0] if self._has_base else None)
+        experts = values[1:] if self._has_base else values
+        dtype = jax.dtypes.canonicalize_dtype(work.target.dtype)
+        return _program(
+            placed, leaf, experts, self._names, self._seed, seen, local, due=due, dtype=dtype
+        )
+
+    def _write(self, work: Work, start: int, result: Any, hashers: dict, bad: list) -> list:
+        merged = np.asarray(result).reshape(-1).astype(work.target.dtype, copy=False)
+        changed = work.program is not None or work.tensors[0].dtype != merged.dtype
+        if changed and not files.is_finite(merged, self._buffers.take("scratch", merged.nbytes)):
+            self.broken.set()
+            return [] if bad else [("", files.count_non_finite(merged))]
+        _feed(hashers, _OUTPUT, start, merged)
+        place = section(work.target, start, start + merged.size)
+        self.outputs.write_from(place.path, place.offset, merged.view(np.uint8).data)
+        return []
+
+    def digests_of(self, work: Work, part: tuple[int, int]) -> list[list[str]]:
+        """The digests of the inputs of a part, as `run` takes them; nothing else is done."""
+        return [
+            [self._hash(self.inputs, section(tensor, *chunk)) for chunk in ranges(*part, CHUNK)]
+            for tensor in work.tensors
+        ]
+
+    def written(self, work: Work, part: tuple[int, int]) -> list[str]:
+        """The digests of what lies on the disk where a part was written."""
+        chunks = ranges(*part, CHUNK)
+        return [self._hash(self.outputs, section(work.target, *chunk)) for chunk in chunks]
+
+    def _hash(self, source: Files, tensor: Tensor) -> str:
+        hasher = blake3.blake3()
+        for start, stop in ranges(0, tensor.bytes, 2**20):
+            buffer = self._buffers.take("hash", stop - start)
+            source.read_into(tensor.path, tensor.offset + start, buffer)
+            hasher.update(buffer)
+        return hasher.hexdigest()

@@ -1,0 +1,150 @@
+"""What a user asks for: the options of a merge, checked before anything is opened."""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from mergejax.checkpoints.safetensors import DTYPES
+from mergejax.errors import did_you_mean, raise_all
+
+FORMATS = ("safetensors",)
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for kind, base in (("B", 1000), ("iB", 1024), ("", 1000))
+}
+# Names of types as configurations write them.
+FLOATS = {dtype.name: dtype for code, dtype in DTYPES.items() if code[0] in "FB" and code != "BOOL"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A merge as the user asks for it.
+
+    Attributes:
+        base: folder or file of the base, or None.
+        experts: folders or files of the experts.
+        method: a chain or a text in the string language.
+        out: the folder to write.
+        weights: one per expert, put into the method; None leaves the method as it is.
+        dtype: of the floating-point output; by default the base's.
+        seed: of random masks.
+        memory: budget in bytes; by default half of what is free.
+        shard_size: largest number of bytes of values in one file.
+        overwrite: whether a target that holds something else is replaced.
+        only, exclude: regular expressions of the leaves that are, or are not, merged.
+        strict: whether warnings are errors.
+    """
+
+    base: pathlib.Path | None
+    experts: tuple[pathlib.Path, ...]
+    method: Any
+    out: pathlib.Path | None
+    weights: tuple[float, ...] | None = None
+    dtype: str | None = None
+    seed: int = 0
+    memory: int | None = None
+    shard_size: int = 5_000_000_000
+    overwrite: bool = False
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    strict: bool = False
+
+
+def make_request(
+    base: Any,
+    experts: Any,
+    method: Any,
+    out: Any,
+    *,
+    weights: Any = None,
+    dtype: Any = None,
+    seed: Any = 0,
+    memory: Any = None,
+    shard_size: Any = 5_000_000_000,
+    overwrite: bool = False,
+    only: Any = (),
+    exclude: Any = (),
+    strict: bool = False,
+) -> Request:
+    """Checks the options one by one and puts them into a `Request`.
+
+    Raises:
+        MergeError: one sentence for every option that makes no sense.
+    """
+    problems: list[str] = []
+    if isinstance(experts, str | os.PathLike) or not isinstance(experts, Sequence):
+        problems.append("experts must be a list of paths, one per expert, such as ['a', 'b']")
+        experts = []
+    elif not experts:
+        problems.append("there is no expert to merge; give at least one with --expert")
+    if method is None or method == "":
+        problems.append("there is no method; give one with --method, such as 'ties(density=0.2)'")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        problems.append(f"seed must be an integer in [0, 2^32), not {seed!r}")
+    if dtype is not None and dtype not in FLOATS:
+        near = did_you_mean(str(dtype), FLOATS)
+        problems.append(f"dtype: {dtype!r} is no floating-point type, {near}")
+    sizes = []
+    for name, value in (("memory", memory), ("shard_size", shard_size)):
+        try:
+            sizes.append(None if value is None else read_size(value))
+        except ValueError:
+            sizes.append(None)
+            problems.append(f"{name} must be a size such as '2GiB', not {value!r}")
+    raise_all(problems)
+    return Request(
+        None if base is None else pathlib.Path(base),
+        tuple(pathlib.Path(expert) for expert in experts),
+        method,
+        None if out is None else pathlib.Path(out),
+        None if weights is None else tuple(weights),
+        dtype,
+        seed,
+        sizes[0],
+        sizes[1] or 5_000_000_000,
+        bool(overwrite),
+        _patterns(only),
+        _patterns(exclude),
+        bool(strict),
+    )
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def read_size(value: Any) -> int:
+    """Bytes from a number or a text with a unit.
+
+    Raises:
+        ValueError: it is no positive size.
+
+    Example:
+        >>> read_size('2GiB'), read_size('5GB'), read_size(1000)
+        (2147483648, 5000000000, 1000)
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?i?B?)\s*", str(value))
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(value)
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size <= 0:
+        raise ValueError(value)
+    return size
+
+
+def show_size(count: float) -> str:
+    """Bytes as people read them.
+
+    Example:
+        >>> show_size(1_500_000_000)
+        '1.5 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -9,6 +9,7 @@ from typing import Any
 from mergejax import lowrank
 from mergejax.chains import Branch, Chain, Node, Within, walk
 from mergejax.core import Stage
+from mergejax.errors import MergeError, did_you_mean
 from mergejax.hyper import interval_of
 from mergejax.registry import METHODS, PIECES, Entry
 
@@ -36,13 +37,39 @@ def page() -> str:
         >>> page().startswith('# Methods')
         True
     """
-    rows = ["| method | what it does | stages | needs |", "|---|---|---|---|"]
-    rows += [_row(name, entry) for name, entry in METHODS.items()]
     methods = [_section(name, entry.make, entry) for name, entry in METHODS.items()]
     pieces = [_section(name, make, None) for name, make in PIECES.items()]
     adapters = [_section(name, make, None) for name, make in lowrank.METHODS.items()]
-    parts = [_INTRODUCTION, "\n".join(rows), *methods, "# Pieces", *pieces, _ADAPTERS, *adapters]
+    parts = [_INTRODUCTION, table(), *methods, "# Pieces", *pieces, _ADAPTERS, *adapters]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def table() -> str:
+    """All methods, one a row.
+
+    Example:
+        >>> table().splitlines()[0]
+        '| method | what it does | stages | needs |'
+    """
+    rows = ["| method | what it does | stages | needs |", "|---|---|---|---|"]
+    return "\n".join([*rows, *(_row(name, entry) for name, entry in METHODS.items())])
+
+
+def entry(name: str) -> str:
+    """The section of one method or piece.
+
+    Raises:
+        MergeError: there is none of that name.
+
+    Example:
+        >>> entry('slerp').splitlines()[0]
+        '## slerp'
+    """
+    if name in METHODS:
+        return _section(name, METHODS[name].make, METHODS[name])
+    if name in PIECES:
+        return _section(name, PIECES[name], None)
+    raise MergeError(f"no method is called '{name}', {did_you_mean(name, [*METHODS, *PIECES])}")
 
 
 def _row(name: str, entry: Entry) -> str:

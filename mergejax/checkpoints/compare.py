@@ -12,7 +12,9 @@ from mergejax.checkpoints.files import Files
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.safetensors import Tensor
 
-_VOCABULARY = re.compile(r"embed_tokens|lm_head|\bwte\b|word_embeddings|shared\.weight|decoder\.bias")
+_VOCABULARY = re.compile(
+    r"embed_tokens|lm_head|\bwte\b|word_embeddings|shared\.weight|decoder\.bias"
+)
 _QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|SCB|weight_scale(_inv)?|absmax|quant_state.*)$")
 _SAMPLE = 4096  # bytes of each tensor that are compared first
 _LINES = 8  # rows and columns of a square matrix that are compared with their transposes

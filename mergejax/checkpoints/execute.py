@@ -139,9 +139,7 @@ def execute(
     left = [part for part in parts if key_of(part) not in memory.done]
     for part, outcome in _run(left, runner, memory, None, threads):
         key = key_of(part)
-        staging.note(
-            {"part": key, "out": outcome.written, "in": [[*key, memory.digests[key]]]}
-        )
+        staging.note({"part": key, "out": outcome.written, "in": [[*key, memory.digests[key]]]})
         memory.done[key] = list(outcome.written)
         advance(part[0].info.name, input_bytes(part))
 

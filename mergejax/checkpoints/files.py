@@ -84,7 +84,7 @@ class Buffers(threading.local):
         if held is None or held.size < count + _ALIGNMENT:
             held = self._held[key] = np.empty(count + _ALIGNMENT, np.uint8)
         start = -held.ctypes.data % _ALIGNMENT
-        return memoryview(held)[start : start + count]
+        return held.data[start : start + count]
 
 
 def ranges(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:

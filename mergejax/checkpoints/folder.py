@@ -1,4 +1,4 @@
-"""Models on disk: Hugging Face folders and bare safetensors files, opened by their headers alone."""
+"""Models on disk: Hugging Face folders and bare files, opened by their headers alone."""
 
 import dataclasses
 import json
@@ -67,8 +67,8 @@ def open_model(path: str | pathlib.Path, name: str | None = None) -> Model:
         hint = f" {_near(path)}" if _near(path) else ""
         raise MergeError(f"{path}: there is no such file or folder; check the path{hint}")
     if path.is_file():
-        tensors, _ = safetensors.read_header(_a_weight_file(path))
-        return Model(name, path, _some_tensors(tensors, path))
+        held, _ = safetensors.read_header(_a_weight_file(path))
+        return Model(name, path, _some_tensors(held, path))
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     tensors, warnings = _read_folder(path)
     used = {tensor.path for tensor in tensors.values()}

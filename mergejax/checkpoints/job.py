@@ -17,7 +17,7 @@ from mergejax.checkpoints.request import FLOATS, Request, show_size
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.version import __version__
 
-_CONV1D = {"gpt2", "openai-gpt", "gptj_conv1d"}  # kernels are stored [in, out] there
+_CONV1D = {"gpt2", "openai-gpt"}  # kernels are stored [in, out] there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +283,7 @@ def _describe(request: Request, reference: Model) -> list[Any]:
 def needs_base(plan: Any, experts: int) -> bool:
     """Whether any stage reads the base's values, found out by running the chain without them."""
     import jax
+    import jax.numpy as jnp
 
     from mergejax import forms
     from mergejax.run import Values, _as_data, _leaf
@@ -300,7 +301,7 @@ def needs_base(plan: Any, experts: int) -> bool:
     try:
         for placed in distinct.values():
             run = lambda *xs, placed=placed: forms.run_leaf(
-                _as_data(placed), leaf, xs, names, {}, {}
+                _as_data(placed), leaf, xs, jnp.asarray(names), {}, {}
             )
             jax.eval_shape(run, *arrays)
     except Exception:  # whatever a stage does with a base that is None

@@ -29,14 +29,14 @@ from mergejax.checkpoints.execute import (
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.job import Job, prepare
 from mergejax.checkpoints.pieces import Runner, Work
-from mergejax.checkpoints.request import make_request, show_size
+from mergejax.checkpoints.request import make_request
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.checkpoints.staging import Staging
-from mergejax.core import Leaf
 from mergejax.plan import local_numbers
 from mergejax.progress import Reporter
 from mergejax.randomness import name_key
 from mergejax.run import LEAFWISE, Values, _as_data, _is_elementwise, _leaf
+
 
 class Silent:
     """A reporter that tells nobody."""
@@ -157,9 +157,7 @@ def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:
     total = sum(input_bytes(part) for part in parts_of(works))
     try:
         with reporter.progress("merge", passes * total) as advance:
-            execute(
-                job.plan, works, runner, staging, memory, count, lambda _, size: advance(size)
-            )
+            execute(job.plan, works, runner, staging, memory, count, lambda _, size: advance(size))
         recipe = _with_hashes(job, works, memory.digests)
         output.write_headers(job.files, staging.files, recipe, runner.outputs)
         verify(works, runner, memory, count)
@@ -242,8 +240,9 @@ def _with_hashes(
 ) -> dict[str, Any]:
     """The recipe with the hashes of the models that were read."""
     recipe = copy.deepcopy(dict(job.recipe))
-    read = [*([(recipe["base"], job.base)] if job.reads_base else [])]
-    read += zip(recipe["experts"], job.experts, strict=True)
+    read = list(zip(recipe["experts"], job.experts, strict=True))
+    if job.reads_base and job.base is not None:
+        read = [(recipe["base"], job.base), *read]
     merged = [work for work in works if work.program is not None]
     for i, (entry, model) in enumerate(read):
         chunks = {

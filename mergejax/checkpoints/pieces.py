@@ -160,7 +160,9 @@ class Runner:
         bad = []
         for i, (owner, x) in enumerate(zip(work.owners, values, strict=True)):
             _feed(hashers, i, start, x)
-            if work.program is not None and not files.is_finite(x, self._buffers.take("scratch", x.nbytes)):
+            if work.program is not None and not files.is_finite(
+                x, self._buffers.take("scratch", x.nbytes)
+            ):
                 bad.append((owner, files.count_non_finite(x)))
                 self.broken.set()
         return bad

@@ -124,7 +124,9 @@ def _entries(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
         header = json.loads(rest.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise MergeError(f"{path}: its header is corrupt ({reason}); save the model again") from None
+        raise MergeError(
+            f"{path}: its header is corrupt ({reason}); save the model again"
+        ) from None
     if not isinstance(header, dict):
         raise MergeError(f"{path}: its header is no table of tensors; save the model again")
     return header, 8 + size, length
@@ -148,7 +150,9 @@ def _entry_problem(entry: Any, available: int) -> str:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         return f"has no dtype, shape and data_offsets{again}"
     if entry["dtype"] not in DTYPES:
-        return f"has the unknown type {entry['dtype']!r}, {did_you_mean(str(entry['dtype']), DTYPES)}"
+        return (
+            f"has the unknown type {entry['dtype']!r}, {did_you_mean(str(entry['dtype']), DTYPES)}"
+        )
     if not isinstance(entry["shape"], list) or not all(map(_is_size, entry["shape"])):
         return f"has the impossible shape {str(entry['shape'])[:80]}{again}"
     offsets = entry["data_offsets"]
@@ -202,7 +206,7 @@ def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
     Example:
         >>> header_bytes({}, {"format": "pt"})[8:]
-        b'{"__metadata__":{"format":"pt"}} '
+        b'{"__metadata__":{"format":"pt"}}'
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0

@@ -1,0 +1,251 @@
+"""The command `mergejax`: merge, check, methods.
+
+Bad input is answered with one sentence per problem on standard error and exit status 2, and
+nothing is written; any other failure with one sentence and status 1. `--debug` shows where.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mergejax.errors import MergeError, did_you_mean, raise_all
+
+_EPILOG = "docs/checkpoints.md tells what is guaranteed; `mergejax methods` lists the methods."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers bad arguments with a `MergeError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise MergeError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    shown = _Parser(add_help=False)
+    shown.add_argument("--debug", action="store_true", help="show where a failure happened")
+    parser = _Parser(
+        "mergejax",
+        allow_abbrev=False,
+        description="Merges model checkpoints.",
+        epilog=_EPILOG,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    merge = commands.add_parser("merge", parents=[shown], help="merge models into a new folder")
+    _add_merge(merge)
+    merge.add_argument("--quiet", action="store_true", help="say nothing but problems")
+    check = commands.add_parser(
+        "check", parents=[shown], help="say what merge would do, and every problem"
+    )
+    _add_merge(check)
+    check.add_argument("--json", action="store_true", help="answer in JSON, every tensor listed")
+    methods = commands.add_parser("methods", parents=[shown], help="list methods, or explain one")
+    methods.add_argument("name", nargs="?", help="of a method or a piece")
+    return parser
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--base", metavar="DIR", help="the model that the experts were fine-tuned from")
+    add("--expert", metavar="DIR", action="append", dest="experts", help="give one for each")
+    add("--method", metavar="TEXT", help="such as 'ties(density=0.2)'")
+    add("--out", metavar="DIR", help="the folder to write")
+    add("--weights", metavar="W,W", type=_numbers, help="one number per expert")
+    add("--dtype", metavar="TYPE", help="of the result; by default the base's")
+    add("--seed", metavar="N", type=_integer, help="of random masks; 0 by default")
+    add("--memory", metavar="SIZE", help="budget, such as 2GiB; by default half of what is free")
+    add("--shard-size", metavar="SIZE", help="largest file; 5GB by default")
+    add("--overwrite", action="store_true", default=None, help="replace what stands at --out")
+    add("--only", metavar="REGEX", action="append", help="merge these tensors alone")
+    add("--exclude", metavar="REGEX", action="append", help="keep the base's for these tensors")
+    add("--strict", action="store_true", default=None, help="warnings are errors")
+    add("--config", metavar="FILE.py", help="a config file; flags and --config.KEY=... come after")
+
+
+def _numbers(text: str) -> list[float]:
+    return [_number(part) for part in text.strip("[]").split(",")]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise MergeError(f"--weights: '{text}' is no number; write 0.5,0.5") from None
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise MergeError(f"--seed must be an integer, not '{text}'") from None
+
+
+_FIELDS = ("weights", "dtype", "seed", "memory", "shard_size", "overwrite", "only", "exclude",
+           "strict")  # fmt: skip
+_MODELS = ("method", "base", "experts", "out")
+
+
+def _request(given: argparse.Namespace, extra: Sequence[str]) -> Any:
+    """The request that flags and the config describe together; a flag comes before the config."""
+    from mergejax.checkpoints.request import make_request
+
+    fields: dict[str, Any] = {}
+    if given.config:
+        fields = read_config(given.config, extra)
+    elif extra:
+        raise MergeError(f"'{extra[0]}' is no flag; see mergejax {given.command} --help")
+    for name in (*_MODELS, *_FIELDS):
+        if getattr(given, name) is not None:
+            fields[name] = getattr(given, name)
+    models = {name: fields.pop(name, None) for name in _MODELS}
+    models["experts"] = models["experts"] or []
+    return make_request(**models, **fields)
+
+
+def read_config(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The fields of a config file after `--config.KEY=VALUE`, those that are None left out.
+
+    Args:
+        path: of a Python file with get_config(), an argument behind a colon.
+        overrides: the arguments that are no flags of the command.
+
+    Raises:
+        MergeError: a key that the config or a merge does not have, a value of another type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    from mergejax.main import first_line
+
+    file = path.partition(".py:")[0] + (".py" if ".py:" in path else "")
+    if not pathlib.Path(file).is_file():
+        raise MergeError(f"--config={path}: there is no such file")
+    values = flags.FlagValues()
+    command = ["mergejax", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    try:
+        with warnings.catch_warnings():  # the library loads files in a way that is deprecated
+            warnings.simplefilter("ignore", DeprecationWarning)
+            rest = values(command)
+        fields = dict(values["config"].value.to_dict())  # type: ignore[union-attr]
+    except MergeError:
+        raise
+    except Exception as error:
+        raise MergeError(f"--config={path}: {first_line(error)}") from None
+    known = (*_MODELS, *_FIELDS)
+    problems = [f"'{argument}' is no flag; see mergejax merge --help" for argument in rest[1:]]
+    problems += [
+        f"--config={path}: a merge has no field '{key}', {did_you_mean(key, known)}"
+        for key in fields
+        if key not in known
+    ]
+    raise_all(problems)
+    return {key: value for key, value in fields.items() if value not in (None, "", ())}
+
+
+def _merge(given: argparse.Namespace, extra: Sequence[str]) -> None:
+    request = _request(given, extra)
+    if request.out is None:
+        raise MergeError("there is no output; name a folder with --out")
+    from mergejax.checkpoints.job import prepare
+
+    job, problems, _ = prepare(request)
+    raise_all(problems.sentences())
+    from mergejax.checkpoints import merge
+    from mergejax.progress import Printer
+
+    assert job is not None
+    merge.run(job, merge.Silent() if given.quiet else Printer())
+
+
+def _check(given: argparse.Namespace, extra: Sequence[str]) -> int:
+    request = _request(given, extra)
+    from mergejax.checkpoints import compare
+    from mergejax.checkpoints.job import prepare
+
+    job, problems, notes = prepare(request)
+    forecast = {}
+    if job is not None:
+        from mergejax.checkpoints import forecast as forecasts
+
+        forecast = forecasts.forecast(job)
+    sentences = problems.sentences()
+    if given.json:
+        every: list[Any] = [{"problem": line} for line in problems.lines]
+        every += compare.as_json(problems.findings)
+        answer = {"problems": every, "warnings": notes, "forecast": forecast}
+        print(json.dumps(answer, indent=2))
+    else:
+        for line in notes:
+            print(f"warning: {line}", file=sys.stderr)
+        if forecast:
+            print(forecasts.sentence(forecast))
+    raise_all([] if given.json else sentences)
+    return 2 if sentences else 0
+
+
+def _methods(given: argparse.Namespace) -> None:
+    from mergejax import reference
+
+    print(reference.table() if given.name is None else reference.entry(given.name))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Does what a command line says and returns the exit status."""
+    parser = _parser()
+    given, extra = parser.parse_known_args(arguments)
+    if given.command is None:
+        parser.print_help()
+        return 0
+    if given.command == "methods":
+        raise_all([f"'{argument}' is no flag" for argument in extra])
+        _methods(given)
+        return 0
+    if given.command == "check":
+        return _check(given, extra)
+    _merge(given, extra)
+    return 0
+
+
+def launch(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command; turns what goes wrong into a sentence and an exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = run(arguments)
+    except MergeError as error:
+        _trace(arguments)
+        print(error, file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        status = 1
+    except Exception as error:
+        _trace(arguments)
+        print(explain(error), file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def _trace(arguments: Sequence[str]) -> None:
+    if "--debug" in arguments:
+        traceback.print_exc()
+
+
+def explain(error: Exception) -> str:
+    """One sentence for what went wrong.
+
+    Example:
+        >>> explain(OSError(28, "No space left on device"))
+        'the run failed (OSError: [Errno 28] No space left on device); --debug shows where'
+    """
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    first = next(iter(str(error).strip().splitlines()), "")
+    if notes:
+        return (
+            f"the run failed ({type(error).__name__}: {first}){notes}; the same command continues"
+        )
+    return f"the run failed ({type(error).__name__}: {first}); --debug shows where"

@@ -1,4 +1,4 @@
-"""Random models with the shapes of vision transformers; NumPy alone, so that peers make them too."""
+"""Random models with the shapes of vision transformers; NumPy alone, so that peers can make them."""
 
 from collections.abc import Iterator
 

@@ -1,5 +1,6 @@
 """The singular value decompositions that spectral methods share, against their definitions."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,29 @@ def test_polar_factor_is_orthogonal_and_turns_the_matrix_positive(shape):
     np.testing.assert_allclose(inner, inner.T, atol=1e-5)
     assert np.linalg.eigvalsh(inner).min() > 0
     np.testing.assert_allclose(spectrum(factor), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5, 5)])
+def test_polar_factor_equals_that_of_a_dynamically_weighted_iteration(shape):
+    x = jnp.float32(deltas(1, seed=16, shape=shape)[0])
+    expected = jax.lax.linalg.qdwh(x)[0]
+    np.testing.assert_allclose(spectral.polar(x), expected, atol=1e-5)
+
+
+def test_nothing_is_decomposed_where_no_expert_changed_anything():
+    """A decomposition of zeros would have unit vectors; its derivative is not a number."""
+    triplets = spectral.decompose(jnp.zeros((3, 2)))
+    assert not any(np.any(x) for x in triplets)
+    slope = jax.grad(lambda x: spectral.truncate(x, 1).sum())(jnp.zeros((3, 2)))
+    assert np.all(np.isfinite(slope))
+
+    def never(x):
+        raise_if_run = jax.pure_callback(lambda: 1 / 0, jax.ShapeDtypeStruct((), x.dtype))
+        return x + raise_if_run
+
+    np.testing.assert_array_equal(
+        spectral.on_matrices(never, "io", jnp.zeros((2, 2))), np.zeros((2, 2))
+    )
 
 
 def test_polar_factor_of_zero_and_of_equal_columns():

@@ -138,6 +138,12 @@ def test_r_tsvm_gives_denser_experts_more_directions():
     np.testing.assert_allclose(values[:5], np.sort(np.concatenate(kept))[::-1], rtol=1e-5)
 
 
+def test_tsv_has_the_rank_of_what_it_keeps():
+    values = spectrum(merged("tsv_merge()", deltas(4)))
+    assert np.all(values[:4] > 0.1)
+    assert np.all(values[4:] < 1e-5)
+
+
 def test_tsv_adds_up_experts_whose_directions_are_orthogonal():
     taus = [np.zeros((OUT, IN)), np.zeros((OUT, IN))]
     taus[0][:3, :4], taus[1][3:, 4:] = deltas(1)[0][:3, :4], deltas(1)[0][3:, 4:]

@@ -33,14 +33,23 @@ class Triplets(NamedTuple):
 
 
 def decompose(x: Array) -> Triplets:
-    """The thin singular value decomposition, values descending.
+    """The thin singular value decomposition, values descending; all zeros for zeros, at no cost.
 
     Example:
         >>> decompose(jnp.diag(jnp.asarray([1.0, 3.0]))).values.tolist()
         [3.0, 1.0]
     """
-    left, values, right = jnp.linalg.svd(x, full_matrices=False)
-    return Triplets(left, values, right.T)
+
+    def factor() -> Triplets:
+        left, values, right = jnp.linalg.svd(x, full_matrices=False)
+        return Triplets(left, values, right.T)
+
+    def nothing() -> Triplets:
+        size = min(x.shape)
+        shapes = (x.shape[0], size), (size,), (x.shape[1], size)
+        return Triplets(*(jnp.zeros(shape, x.dtype) for shape in shapes))
+
+    return jax.lax.cond(jnp.any(x != 0), factor, nothing)
 
 
 def is_real(values: Array, shape: tuple[int, ...], largest: Array | None = None) -> Array:
@@ -128,8 +137,8 @@ def on_matrices(function: Callable[..., Array], layout: str, *kernels: Array) ->
     """Applies a function of matrices [out, in] to kernels of any layout.
 
     Args:
-        function: (one matrix for each kernel) -> matrix of the same shape; runs in the highest
-            matmul precision.
+        function: (one matrix for each kernel) -> matrix of the same shape, zeros for zeros; runs
+            in the highest matmul precision, and not at all where all kernels are zero.
         layout: of the kernels, see `leaves.as_matrix`.
         *kernels: arrays of one shape.
 
@@ -141,5 +150,10 @@ def on_matrices(function: Callable[..., Array], layout: str, *kernels: Array) ->
         [[0.0, 1.0], [0.0, 1.0]]
     """
     views = [as_matrix(kernel, layout) for kernel in kernels]
+    matrices = [matrix.T for matrix, _ in views]
+    changed = jnp.any(jnp.stack([jnp.any(matrix != 0) for matrix in matrices]))
     with highest():
-        return views[0][1](function(*[matrix.T for matrix, _ in views]).T)
+        merged = jax.lax.cond(
+            changed, lambda: function(*matrices), lambda: jnp.zeros_like(matrices[0])
+        )
+    return views[0][1](merged.T)

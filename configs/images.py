@@ -66,6 +66,7 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
         config.training.heads.steps = 50
         config.training.finetune.steps = 50
         config.training.multi_task.steps = 200
+        config.data.limits = {"train": 1000, "validation": 200, "test": 400}
         config.calibration.examples = 64
         config.search = search.grids(limit=2)
     return config.lock()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import hyper
-from mergejax.chains import chain
+from mergejax.chains import Chain, chain
 from mergejax.core import Array
 from mergejax.door import (
     Tree,
@@ -178,7 +178,7 @@ def stream(
     statistics = [*(stats or {}), *(shared or {})]
     raise_all(
         [
-            *unknown_statistics(statistics, [*method.needs, *known_statistics()]),
+            *(unknown_statistics(statistics, _known(method)) if statistics else []),
             *_option_problems(seed, dtype, count),
         ]
     )
@@ -216,6 +216,10 @@ def stream(
 
 def _read(array: Any) -> Any:
     return array if isinstance(array, jax.Array | np.ndarray) else np.asarray(array[...])
+
+
+def _known(method: Chain) -> list[str]:
+    return [*method.needs, *known_statistics()]
 
 
 def _as_list(experts: Any) -> list[Tree]:

@@ -160,6 +160,10 @@ class Stage:
 
     def build(self) -> Any:
         """What the factory returns: `Parts` of a stage, or the chain that a method stands for."""
+        return self._built
+
+    @functools.cached_property
+    def _built(self) -> Any:
         built = self.factory.function(**self.arguments)
         if self.kind in ("method", "coordinates") or isinstance(built, Parts):
             return built

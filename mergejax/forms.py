@@ -3,8 +3,8 @@
 Each form runs the same stages; an executor picks one by the leaf's size and description.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,51 +96,61 @@ def run_layers(
     return out if due is None else jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), out)
 
 
-def run_blocks(
-    placed: Sequence[Placed],
+class Piece(NamedTuple):
+    """What a program makes of a leaf, or of a block of it.
+
+    Attributes:
+        found: the merged arrays, or the measurements that are due.
+        counts: whether the leaf enters sums over the model.
+        largest: the largest magnitude of every array that is to be finite, float32 [arrays].
+    """
+
+    found: Any
+    counts: Array
+    largest: Array
+
+
+def in_blocks(
+    piece: Callable[[Leaf, Sequence[Array]], Piece],
     leaf: Leaf,
     experts: Sequence[Array],
-    names: Array,
-    seen: Seen,
-    local: Mapping[str, Any],
-    due: Due | None = None,
-) -> Any:
-    """A large leaf of an elementwise chain, block by block, so that no copy of it is made."""
+    due: Due | None,
+) -> Piece:
+    """A large leaf of an elementwise chain, block by block.
+
+    No copy of it is made, and what is read twice comes from the processor's cache.
+    """
     shape, size = experts[0].shape, experts[0].size
     arrays = (leaf.base, list(experts), leaf.stats)
     flat = jax.tree.map(lambda x: x.reshape(-1), arrays)
     count = size // BLOCK
 
-    def run_block(number: Array, length: int) -> Any:
+    def run(number: Array, length: int) -> Piece:
         base, several, stats = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, number * BLOCK, length), flat
         )
         word = number.astype(jnp.uint32)
         start = jnp.stack([word * jnp.uint32(BLOCK), word >> jnp.uint32(14)])
-        one = leaf.replace(base=base, stats=stats, start=start)
-        return run_leaf(placed, one, several, names, seen, local, due)
+        return piece(leaf.replace(base=base, stats=stats, start=start), several)
 
-    def place(number: Array, out: Any) -> Any:
-        block = run_block(number, BLOCK)
+    def place(number: Array, length: int, whole: Piece) -> Piece:
+        block = run(number, length)
         if due is not None:
-            return jax.tree.map(jnp.add, out, block)
-        return [
-            jax.lax.dynamic_update_slice_in_dim(whole, part, number * BLOCK, 0)
-            for whole, part in zip(out, block, strict=True)
-        ]
+            found = jax.tree.map(jnp.add, whole.found, block.found)
+        else:
+            several = zip(whole.found, block.found, strict=True)
+            put = jax.lax.dynamic_update_slice_in_dim
+            found = [put(all_of_it, part, number * BLOCK, 0) for all_of_it, part in several]
+        largest = jnp.maximum(whole.largest, block.largest)  # a NaN stays one
+        return Piece(found, whole.counts | block.counts, largest)
 
-    shapes = jax.eval_shape(lambda number: run_block(number, BLOCK), jnp.int32(0))
+    shapes = jax.eval_shape(lambda number: run(number, BLOCK), jnp.int32(0))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     if due is None:
-        start = [jnp.zeros(size, x.dtype) for x in shapes]
-    else:
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    out = jax.lax.fori_loop(0, count, place, start)
+        start = start._replace(found=[jnp.zeros(size, x.dtype) for x in shapes.found])
+    whole = jax.lax.fori_loop(0, count, lambda number, out: place(number, BLOCK, out), start)
     if rest := size - count * BLOCK:
-        tail = run_block(jnp.int32(count), rest)
-        if due is not None:
-            return jax.tree.map(jnp.add, out, tail)
-        out = [
-            jax.lax.dynamic_update_slice_in_dim(w, t, count * BLOCK, 0)
-            for w, t in zip(out, tail, strict=True)
-        ]
-    return out if due is not None else [whole.reshape(shape) for whole in out]
+        whole = place(jnp.int32(count), rest, whole)
+    return (
+        whole if due is not None else whole._replace(found=[x.reshape(shape) for x in whole.found])
+    )

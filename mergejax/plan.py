@@ -63,11 +63,15 @@ def make_plan(
     placed: dict[str, list[Placed]] = {}
     names_of: dict[str, list[str]] = {}
     stages: dict[str, Stage] = {}
+    kinds: dict[Any, list[Placed]] = {}  # branches choose by role and statistics
     for info in infos:
-        expanded = expand(average if info.role == STATISTIC else method, info)
-        if info.role == STATISTIC:
-            expanded = [dataclasses.replace(p, path=f"average{p.path}") for p in expanded]
-        placed[info.name] = expanded
+        kind = info.role, info.stats
+        if kind not in kinds and info.role == STATISTIC:
+            averaged = expand(average, info)
+            kinds[kind] = [dataclasses.replace(p, path=f"average{p.path}") for p in averaged]
+        elif kind not in kinds:
+            kinds[kind] = expand(method, info)
+        expanded = placed[info.name] = kinds[kind]
         for p in expanded:
             stages[p.path] = p.stage
             names_of.setdefault(p.path, []).append(info.name)
@@ -148,7 +152,7 @@ def _length(value: Any) -> int | None:
     return value.shape[0] if getattr(value, "ndim", 0) == 1 else None
 
 
-def _resolve(placed: Sequence[Placed], info: LeafInfo) -> list[Placed]:
+def _resolve(placed: list[Placed], info: LeafInfo) -> list[Placed]:
     """Replaces rules by numbers; a leaf of stacked layers gets one number a layer."""
 
     def at(stage: Stage, depth: float) -> Stage:
@@ -156,6 +160,9 @@ def _resolve(placed: Sequence[Placed], info: LeafInfo) -> list[Placed]:
         return stage.with_data(data)
 
     if info.layers is None:
+        rules = any(isinstance(v, hyper.Rule) for p in placed for v in p.stage.data.values())
+        if not rules:
+            return placed  # the same object for all leaves of a kind
         return [dataclasses.replace(p, stage=at(p.stage, info.depth)) for p in placed]
     layers = [[with_arrays(at(p.stage, float(d))) for d in depths_of(info)] for p in placed]
     stacked = [jax.tree.map(lambda *xs: _stack(xs), *several) for several in layers]

@@ -82,32 +82,39 @@ def _program(
     dtype: Any,
     part: str,
     check: bool,
-) -> tuple[Any, Array, list[Array]]:
-    """One leaf in one pass: what was asked for, whether it counts, the largest magnitudes.
+) -> forms.Piece:
+    """One leaf in one pass.
 
-    The magnitudes are those of the experts and the base (if `check`), then of the merged arrays.
+    The largest magnitudes are those of the experts and the base (if `check`), then of the merged
+    arrays.
     """
     leaf = leaf.replace(key=fold_key(leaf.key, seed))
-    if runner == "blocks":
-        found = forms.run_blocks(placed, leaf, experts, names, seen, local, due)
-    else:
-        run = forms.run_layers if runner == "layers" else forms.run_leaf
+    run = forms.run_layers if runner == "layers" else forms.run_leaf
+
+    def piece(leaf: Leaf, experts: Sequence[Array]) -> forms.Piece:
         found = run(placed, leaf, experts, names, seen, local, due, part)
-    inputs = jax.tree.leaves((experts, leaf.base, leaf.stats)) if check else []
-    counts = jnp.bool_(True)
-    if due is not None:
-        if count == "changed" and leaf.base is not None:
-            counts = jnp.any(jnp.stack([jnp.any(expert != leaf.base) for expert in experts]))
-        found = jax.tree.map(lambda x: jnp.where(counts, x, jnp.zeros_like(x)), found)
-        return found, counts, [_largest(x) for x in inputs]
-    if part != "fold":
-        found = [x.astype(dtype) for x in found]
-    return found, counts, [_largest(x) for x in [*inputs, *jax.tree.leaves(found)]]
+        if due is None and part != "fold":
+            found = [x.astype(dtype) for x in found]
+        inputs = jax.tree.leaves((experts, leaf.base, leaf.stats)) if check else []
+        largest = _largest([*inputs, *(jax.tree.leaves(found) if due is None else [])])
+        if due is None or count == "all" or leaf.base is None:
+            return forms.Piece(found, jnp.bool_(True), largest)
+        changed = [jnp.any(expert != leaf.base) for expert in experts]
+        return forms.Piece(found, jnp.any(jnp.stack(changed)), largest)
+
+    whole = (
+        piece(leaf, experts) if runner != "blocks" else forms.in_blocks(piece, leaf, experts, due)
+    )
+    if due is None:
+        return whole
+    found = jax.tree.map(lambda x: jnp.where(whole.counts, x, jnp.zeros_like(x)), whole.found)
+    return whole._replace(found=found)
 
 
-def _largest(x: Array) -> Array:
-    """The largest magnitude; not finite if any value is not. Ten times faster than counting."""
-    return jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0)
+def _largest(arrays: Sequence[Array]) -> Array:
+    """The largest magnitude of each; not finite if any value is not, and quicker than counting."""
+    several = [jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0) for x in arrays]
+    return jnp.stack(several) if several else jnp.zeros(0)
 
 
 class Arithmetic(NamedTuple):
@@ -161,7 +168,7 @@ def _leaf(info: LeafInfo, values: Values, earlier: Any) -> Leaf:
         base=values.base,
         depth=np.asarray(depths_of(info) if layered else info.depth, np.float32),  # type: ignore
         block=np.asarray(np.arange(info.layers) if layered else info.block, np.int32),  # type: ignore
-        expert=jnp.asarray(earlier, jnp.int32),
+        expert=earlier,
         key=_key(info),  # type: ignore[arg-type]
         start=np.zeros(2, np.uint32),  # type: ignore[arg-type]
         stats={name: list(several) for name, several in values.stats.items()},
@@ -214,8 +221,11 @@ def execute(
     Raises:
         MergeError: a non-finite input, a non-finite result.
     """
-    names = np.array([name_key(name) for name in settings.names], np.uint32).reshape(-1, 2)
-    seed = jnp.asarray(settings.seed).astype(jnp.uint32)
+    keys = np.array([name_key(name) for name in settings.names], np.uint32).reshape(-1, 2)
+    names, seed = jnp.asarray(keys), jnp.asarray(settings.seed).astype(jnp.uint32)
+    settings = dataclasses.replace(settings, earlier=jnp.asarray(settings.earlier, jnp.int32))
+    distinct = {id(placed): placed for placed in plan.placed.values()}
+    stages = {place: _as_data(placed) for place, placed in distinct.items()}
     seen: dict[str, tuple[Any, ...]] = {}
     totals: dict[str, list[Any]] = {}
     units = _units(plan, infos, arithmetic.alike and settings.count == "all")
@@ -227,13 +237,13 @@ def execute(
             "leaves have 2^31 elements or more; call merge outside jit, vmap and grad"
         )
     for number, dues in enumerate([*plan.passes, None]):
-        largest_of: dict[str, list[Array]] = {}
+        largest_of: dict[str, Array] = {}
         sums: dict[Due, list[Any]] = {}
         for unit in units:
             if dues is not None and unit[0].name not in dues:
                 continue
             due = None if dues is None else dues[unit[0].name]
-            runner, *arguments = _arguments(plan, unit, load, settings, arithmetic)
+            runner, *arguments = _arguments(plan, stages, unit, load, settings, arithmetic)
             try:
                 found, counts, largest = arithmetic.program(
                     *arguments,
@@ -273,19 +283,26 @@ def execute(
 
 def _units(plan: Plan, infos: Sequence[LeafInfo], alike: bool) -> list[list[LeafInfo]]:
     """The leaves one by one, or those together that go through one program in one shape."""
+    if not alike:
+        return [[info] for info in infos]
     units: dict[Any, list[LeafInfo]] = {}
     for info in infos:
         placed = plan.placed[info.name]
         kind = (info.shape, str(info.dtype), info.role, info.layout, info.stats)
         numbers = tuple(jnp.ndim(x) for x in jax.tree.leaves(_as_data(placed)))
-        together = alike and info.layers is None and _is_elementwise(placed)
+        together = info.layers is None and _is_elementwise(placed)
         same = (kind, numbers, jax.tree.structure(placed))
         units.setdefault(same if together else info.name, []).append(info)
     return list(units.values())
 
 
 def _arguments(
-    plan: Plan, unit: Sequence[LeafInfo], load: Load, settings: Settings, arithmetic: Arithmetic
+    plan: Plan,
+    stages: Mapping[int, list[Placed]],
+    unit: Sequence[LeafInfo],
+    load: Load,
+    settings: Settings,
+    arithmetic: Arithmetic,
 ) -> tuple[Any, ...]:
     """The form and the arguments of a program: stages, leaf, experts, the leaf's own numbers."""
     gathered = []
@@ -293,12 +310,13 @@ def _arguments(
         values = load(info.name)
         local = jax.tree.map(arithmetic.narrow, local_numbers(plan, info))
         leaf = _leaf(info, values, settings.earlier)
-        gathered.append((_as_data(plan.placed[info.name]), leaf, list(values.experts), local))
+        placed = stages[id(plan.placed[info.name])]
+        gathered.append((placed, leaf, list(values.experts), local))
     if len(unit) == 1:
         return _runner(plan.placed[unit[0].name], unit[0], values, settings.part), *gathered[0]
-    placed, leaf, experts, local = jax.tree.map(lambda *xs: jnp.stack(xs), *gathered)
+    together, leaf, experts, local = jax.tree.map(lambda *xs: jnp.stack(xs), *gathered)
     first = gathered[0][1]
-    return "layers", placed, leaf.replace(expert=first.expert, start=first.start), experts, local
+    return "layers", together, leaf.replace(expert=first.expert, start=first.start), experts, local
 
 
 def _as_data(placed: Sequence[Placed]) -> list[Placed]:
@@ -313,12 +331,10 @@ def _add(sums: dict, due: Due, found: Any, arithmetic: Arithmetic, size: Any) ->
     sums[due] = [size, found]
 
 
-def _refuse_non_finite(
-    largest_of: Mapping[str, Sequence[Array]], load: Load, settings: Settings
-) -> None:
+def _refuse_non_finite(largest_of: Mapping[str, Array], load: Load, settings: Settings) -> None:
     problems = []
-    for name, largest in largest_of.items():
-        if np.isfinite(np.asarray(jax.device_get(list(largest)), np.float32)).all():
+    for name, largest in jax.device_get(dict(largest_of)).items():
+        if np.isfinite(largest).all():
             continue
         values = load(name)
         owners = [f"expert '{expert}'" for expert in settings.names]

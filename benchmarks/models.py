@@ -1,4 +1,4 @@
-"""Random models with the shapes of vision transformers; NumPy alone, so that peers can make them."""
+"""Random models shaped like vision transformers; NumPy alone, so that peers can make them too."""
 
 from collections.abc import Iterator
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from mergejax.errors import MergeError as MergeError
 from mergejax.errors import did_you_mean
+from mergejax.fused import fuse as fuse
+from mergejax.fused import split_fused as split_fused
 from mergejax.version import __version__ as __version__
 
 # Where each name lives. They are imported when they are used: JAX takes a second, Flax another,

@@ -20,6 +20,10 @@ keeps it current. A method is written as in the table's first column, on the com
 configs and in `mj.parse`; methods and pieces are joined with `|`:
 `drop(rate=0.9)|ties(density=0.2)`. A number may also be a list with one number per expert,
 `by_name({'attention': 0.5, '.*': 0.3})` or `by_depth([0.1, 0.9])`.
+
+The last columns of the table say what a method costs: how often the model is read (once, and once
+more for each round of numbers of the whole model), and whether it works element by element, in
+blocks of any size and at the speed of memory, or needs a leaf as a whole.
 """
 
 _ADAPTERS = """# Methods for adapters
@@ -49,9 +53,12 @@ def table() -> str:
 
     Example:
         >>> table().splitlines()[0]
-        '| method | what it does | stages | needs |'
+        '| method | what it does | stages | needs | readings | works |'
     """
-    rows = ["| method | what it does | stages | needs |", "|---|---|---|---|"]
+    rows = [
+        "| method | what it does | stages | needs | readings | works |",
+        "|---|---|---|---|---:|---|",
+    ]
     return "\n".join([*rows, *(_row(name, entry) for name, entry in METHODS.items())])
 
 
@@ -83,7 +90,16 @@ def _row(name: str, entry: Entry) -> str:
     if entry.modifier:
         needs.append("a method before it")
     stages = " · ".join(f"`{name}`" for name in _stages(made))
-    return f"| [`{name}`](#{name}) | {_summary(entry.make)} | {stages} | {', '.join(needs)} |"
+    cells = [f"[`{name}`](#{name})", _summary(entry.make), stages, ", ".join(needs), *_cost(made)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _cost(made: Node) -> tuple[str, str]:
+    """How often the model is read, and in what pieces."""
+    stages = list(walk(made))
+    rounds = sum(len(s.build().rounds) for s in stages if s.kind != "coordinates")
+    by_element = all(stage.elementwise for stage in stages)
+    return str(1 + rounds), "by element" if by_element else "leaf by leaf"
 
 
 def _stages(node: Node) -> list[str]:

@@ -84,7 +84,9 @@ def _row(name: str, entry: Entry) -> str:
     needs = ["a base"] if any(s.factory.space == "delta" for s in walk(made)) else []
     needs += [f"`{need}`" for stage in walk(made) for need in stage.factory.needs]
     if entry.experts is not None:
-        needs.append(f"exactly {entry.experts} experts")
+        needs.append(f"exactly {entry.experts} expert{'s' if entry.experts > 1 else ''}")
+    if entry.at_least > 1:
+        needs.append(f"{entry.at_least} experts or more")
     if entry.ordered:
         needs.append("an order")
     if entry.modifier:

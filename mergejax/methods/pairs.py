@@ -160,7 +160,9 @@ def copy(scale: Scaling = 1.0):
 
 @method
 def passthrough(scale: Scaling = 1.0):
-    r"""The weights of one model, scaled: :math:`\theta = s\,\theta_1`.
+    r"""The weights of one model, scaled.
+
+    .. math:: \theta = s\,\theta_1
 
     Args:
         scale: s; usually `by_name({...})`.

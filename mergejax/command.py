@@ -74,14 +74,14 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise MergeError(f"--weights: '{text}' is no number; write 0.5,0.5") from None
+        raise argparse.ArgumentTypeError(f"'{text}' is no number; write 0.5,0.5") from None
 
 
 def _integer(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise MergeError(f"--seed must be an integer, not '{text}'") from None
+        raise argparse.ArgumentTypeError(f"it must be an integer, not '{text}'") from None
 
 
 _FIELDS = ("weights", "dtype", "seed", "memory", "shard_size", "overwrite", "only", "exclude",

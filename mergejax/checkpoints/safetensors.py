@@ -149,7 +149,7 @@ def _entry_problem(entry: Any, available: int) -> str:
     again = "; save the model again"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         return f"has no dtype, shape and data_offsets{again}"
-    if entry["dtype"] not in DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         return (
             f"has the unknown type {entry['dtype']!r}, {did_you_mean(str(entry['dtype']), DTYPES)}"
         )

@@ -105,6 +105,8 @@ class Parts(NamedTuple):
         finish: folds only: (state, leaf, seen) -> merged.
         elementwise: whether the stage may be run on any part of a leaf, where that depends on
             its arguments; None leaves it to the factory.
+        blocked: an elementwise form of a stage that needs its whole leaf: its rounds are summed
+            over that leaf alone, so that leaves of any size go through memory in blocks.
     """
 
     apply: Callable[..., Any]
@@ -113,6 +115,7 @@ class Parts(NamedTuple):
     init: Callable[..., Any] | None = None
     finish: Callable[..., Any] = lambda state, leaf, seen: state
     elementwise: bool | None = None
+    blocked: "Parts | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,17 @@ class Factory:
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
         return {n: p.default for n, p in inspect.signature(self.function).parameters.items()}
+
+
+@functools.cache
+def _blocked(factory: Factory) -> Factory:
+    """The factory of the same stages in their form for blocks."""
+
+    @functools.wraps(factory.function)
+    def function(*args: Any, **kwargs: Any) -> Parts:
+        return factory.function(*args, **kwargs).blocked
+
+    return dataclasses.replace(factory, function=function, elementwise=True)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -178,6 +192,13 @@ class Stage:
     @property
     def data(self) -> dict[str, Any]:
         return {name: self.arguments[name] for name in self.factory.data_names}
+
+    def blocked(self) -> "Stage | None":
+        """The stage in its form for blocks of a leaf, if it has one."""
+        built = self.build() if self.kind not in ("method", "coordinates") else None
+        if built is None or built.blocked is None:
+            return None
+        return Stage(_blocked(self.factory), self.arguments)
 
     def with_data(self, data: Mapping[str, Any]) -> "Stage":
         return Stage(self.factory, {**self.arguments, **data})

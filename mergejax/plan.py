@@ -245,16 +245,23 @@ def solve(
     plan: Plan, path: str, totals: Sequence[Any], size: Any, recalled: Any, memory: Any
 ) -> Any:
     """Solves one round of a stage from its sums so far."""
-    stage = plan.measured[path]
+    many = plan.experts if path not in plan.merged else None
+    if plan.measured[path].build().rounds[len(totals) - 1].recall is not None:
+        current = plan.measured[path].build().rounds[len(totals) - 1]
+        memory = remember(memory, current, recalled, plan.experts)
+    return solve_stage(plan.measured[path], many, totals, size, memory)
+
+
+def solve_stage(
+    stage: Stage, experts: int | None, totals: Sequence[Any], size: Any, memory: Any = None
+) -> Any:
+    """Solves the last of a stage's rounds; `experts` is None behind the reduction."""
     number = len(totals) - 1
-    if stage.kind == "each" and path not in plan.merged:
+    if stage.kind == "each" and experts is not None:
         several = []
-        for i in range(plan.experts):
+        for i in range(experts):
             current = at_expert(stage, i).build().rounds[number]
             part = jax.tree.map(lambda x, i=i: x[i], list(totals))
             several.append(current.solve(part, size, None))
         return jax.tree.map(lambda *xs: _stack(xs), *several)
-    current = stage.build().rounds[number]
-    if current.recall is not None:
-        memory = remember(memory, current, recalled, plan.experts)
-    return current.solve(list(totals), size, memory)
+    return stage.build().rounds[number].solve(list(totals), size, memory)

@@ -17,7 +17,6 @@ _VOCABULARY = re.compile(
 )
 _QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|SCB|weight_scale(_inv)?|absmax|quant_state.*)$")
 _SAMPLE = 4096  # bytes of each tensor that are compared first
-_LINES = 8  # rows and columns of a square matrix that are compared with their transposes
 
 
 class Finding(NamedTuple):
@@ -199,35 +198,40 @@ def _same_bytes(a: Tensor, b: Tensor, count: int, files: Files) -> bool:
 
 def transposed(base: Model, experts: Sequence[Model]) -> list[Finding]:
     """Square matrices of experts that are nearer to the base's transpose than to the base."""
-    found = []
-    for expert in experts:
-        for name, tensor in base.tensors.items():
-            square = len(tensor.shape) == 2 and tensor.shape[0] == tensor.shape[1] > 1
-            other = expert.tensors.get(name)
-            if not square or not is_float(tensor.dtype) or other is None:
-                continue
-            if other.shape == tensor.shape and _looks_transposed(tensor, other):
-                advice = "transpose it, if the model was stored in another layout"
-                found.append(
-                    Finding(
-                        f"expert '{expert.name}'",
-                        "is nearer to the base's transpose than to the base in",
-                        name,
-                        "",
-                        advice,
-                    )
-                )
-    return found
+    squares = [
+        name
+        for name, tensor in base.tensors.items()
+        if len(tensor.shape) == 2 and tensor.shape[0] == tensor.shape[1] > 1
+        if is_float(tensor.dtype)
+    ]
+    cause = "is nearer to the base's transpose than to the base in"
+    advice = "transpose it, if the model was stored in another layout"
+    with Files() as files:
+        return [
+            Finding(f"expert '{expert.name}'", cause, name, "", advice)
+            for expert in experts
+            for name in squares
+            if _looks_transposed(base.tensors[name], expert.tensors[name], files)
+        ]
 
 
-def _looks_transposed(base: Tensor, other: Tensor) -> bool:
+def _looks_transposed(base: Tensor, other: Tensor, files: Files) -> bool:
     size = base.shape[0]
-    rows, columns = (np.linspace(0, size - 1, min(n, size)).astype(int) for n in (_LINES, 64))
-    a, b = (np.memmap(t.path, t.dtype, "r", t.offset, t.shape) for t in (base, other))
-    there = b[np.ix_(rows, columns)].astype(np.float64)
-    straight = np.abs(there - a[np.ix_(rows, columns)].astype(np.float64)).sum()
-    turned = np.abs(there - a[np.ix_(columns, rows)].T.astype(np.float64)).sum()
+    rows, columns = (np.linspace(0, size - 1, min(n, size)).astype(int) for n in (4, 12))
+    there = _rows(other, rows, files)[:, columns]
+    straight = np.abs(there - _rows(base, rows, files)[:, columns]).sum()
+    turned = np.abs(there - _rows(base, columns, files)[:, rows].T).sum()
     return bool(turned < straight)
+
+
+def _rows(matrix: Tensor, rows: np.ndarray, files: Files) -> np.ndarray:
+    """Some rows of a matrix as float64."""
+    width = matrix.shape[1] * matrix.dtype.itemsize
+    content = memoryview(bytearray(len(rows) * width))
+    for i, row in enumerate(rows):
+        place = content[i * width : (i + 1) * width]
+        files.read_into(matrix.path, matrix.offset + int(row) * width, place)
+    return np.frombuffer(content, matrix.dtype).reshape(len(rows), -1).astype(np.float64)
 
 
 def differing_buffers(

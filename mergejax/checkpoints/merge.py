@@ -9,12 +9,14 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 
 from mergejax import errors
+from mergejax.chains import Placed
 from mergejax.checkpoints import folder, output, pieces
 from mergejax.checkpoints.execute import (
     Memory,
@@ -26,6 +28,7 @@ from mergejax.checkpoints.execute import (
     recall,
     verify,
 )
+from mergejax.checkpoints.files import CHUNK
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.job import Job, prepare
 from mergejax.checkpoints.pieces import Runner, Work
@@ -36,6 +39,7 @@ from mergejax.plan import local_numbers
 from mergejax.progress import Reporter
 from mergejax.randomness import name_key
 from mergejax.run import LEAFWISE, Values, _as_data, _is_elementwise, _leaf
+from mergejax.step import Due
 
 
 class Silent:
@@ -160,8 +164,10 @@ def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:
             execute(job.plan, works, runner, staging, memory, count, lambda _, size: advance(size))
         recipe = _with_hashes(job, works, memory.digests)
         output.write_headers(job.files, staging.files, recipe, runner.outputs)
-        verify(works, runner, memory, count)
-        runner.outputs.sync()
+        with ThreadPoolExecutor(1) as pool:
+            synced = pool.submit(runner.outputs.sync)
+            verify(works, runner, memory, count)
+            synced.result()
     finally:
         runner.close()
     result = _result_hash(works, memory.done)
@@ -192,20 +198,37 @@ def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
     owners = [_owner(model, job.base) for model in read]
     works = []
     for info in job.merged:
-        placed = job.plan.placed[info.name]
+        placed, rounds = in_blocks(job.plan.placed[info.name])
         blocks = _is_elementwise(placed)
         seen = dataclasses.replace(info, role="", layout="") if blocks else info
-        local = jax.tree.map(LEAFWISE.narrow, local_numbers(job.plan, info))
+        local = jax.tree.map(LEAFWISE.narrow, local_numbers(job.plan, info)) if not rounds else {}
         program = _as_data(placed), _leaf(seen, Values(None, []), 0), local
         tensors = [model.tensors[info.name] for model in read]
         several = [f"{o} ({t.path.name})" for o, t in zip(owners, tensors, strict=True)]
-        works.append(Work(info, tensors, several, targets[info.name], blocks, program))
+        works.append(Work(info, tensors, several, targets[info.name], blocks, program, rounds))
     for info in job.copied:
         tensor = job.reference.tensors[info.name]
         owner = [_owner(job.reference, job.base)]
         works.append(Work(info, [tensor], owner, targets[info.name], True, None))
     place = {name: (str(t.path), t.offset) for name, t in job.reference.tensors.items()}
-    return sorted(works, key=lambda work: place[work.info.name])
+    # Large leaves that are one part come first, so that no processor waits for them at the end.
+    alone = lambda work: len(work.parts()) == 1 and work.info.size > CHUNK
+    return sorted(works, key=lambda work: (not alone(work), place[work.info.name]))
+
+
+def in_blocks(placed: Sequence[Placed]) -> tuple[list[Placed], list[Due]]:
+    """The stages in their form for blocks, if all have one, and what is to be measured first."""
+    forms = [p.stage if p.stage.elementwise else p.stage.blocked() for p in placed]
+    if not all(forms) or any(p.role != "apply" for p in placed):
+        return list(placed), []
+    turned = [dataclasses.replace(p, stage=f) for p, f in zip(placed, forms, strict=True) if f]
+    rounds = [
+        (p.path, number)
+        for p, before in zip(turned, placed, strict=True)
+        if p.stage is not before.stage
+        for number in range(len(p.stage.build().rounds))
+    ]
+    return turned, rounds
 
 
 def _owner(model: Model, base: Model | None) -> str:

@@ -20,6 +20,7 @@ from mergejax.checkpoints.files import CHUNK, Buffers, Files, ranges
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.core import Leaf
 from mergejax.leaves import LeafInfo
+from mergejax.plan import solve_stage
 from mergejax.randomness import fold_key
 from mergejax.run import LEAFWISE
 from mergejax.step import Due
@@ -39,6 +40,7 @@ class Work:
         target: where the merged values go.
         blocks: whether it runs in pieces.
         program: its stages, its `Leaf` without values, its own numbers; None for a copied leaf.
+        rounds: what is measured over this leaf alone, before anything else.
     """
 
     info: LeafInfo
@@ -47,11 +49,13 @@ class Work:
     target: Tensor
     blocks: bool
     program: tuple[Any, Leaf, Any] | None
+    rounds: Sequence[Due] = ()
 
     def parts(self) -> list[tuple[int, int]]:
         """The parts that are read, run and noted one by one; a leaf in pieces has several."""
         size = self.info.size
-        return list(ranges(0, size, CHUNK)) if self.blocks and size > CHUNK else [(0, size)]
+        several = self.blocks and size > CHUNK and not self.rounds
+        return list(ranges(0, size, CHUNK)) if several else [(0, size)]
 
 
 class Outcome(NamedTuple):
@@ -108,6 +112,7 @@ class Runner:
         self._has_base, self._names, self._seed = has_base, names, np.uint32(seed)
         self.inputs, self.outputs = Files(), Files(files.os.O_RDWR | files.os.O_CREAT)
         self._buffers = Buffers()
+        self._own: dict[str, Any] = {}  # what leaves measured over themselves
         self.broken = threading.Event()  # something is not finite: inputs are still looked at
 
     def close(self) -> None:
@@ -127,8 +132,49 @@ class Runner:
         Returns:
             An `Outcome`.
         """
-        found, bad = None, []
+        asked = fresh
+        bad: list[tuple[str, int]] = []
         hashers: dict[tuple[int, int], Any] = {}
+        if work.rounds and work.info.name not in self._own:
+            own: dict[str, tuple[Any, ...]] = {}
+            totals: dict[str, list[Any]] = {}
+            for path, number in work.rounds:
+                sweep = self._sweep(work, part, own, (path, number), fresh, bad, hashers)
+                fresh = False
+                if sweep is None:
+                    break
+                totals.setdefault(path, []).append(sweep[0])
+                own[path] = (*own.get(path, ()), self._solve(work, path, totals[path]))
+            self._own[work.info.name] = own
+        seen = {**seen, **self._own.get(work.info.name, {})}
+        found = self._sweep(work, part, seen, due, fresh, bad, hashers)
+        digests = [
+            [hasher.hexdigest() for (model, _), hasher in hashers.items() if model == i]
+            for i in (*range(len(work.tensors)), _OUTPUT)
+        ]
+        return Outcome(found, digests[:-1] if asked else [], digests[-1], bad)
+
+    def _solve(self, work: Work, path: str, totals: Sequence[Any]) -> Any:
+        assert work.program is not None
+        placed = work.program[0]
+        place = next(i for i, p in enumerate(placed) if p.path == path)
+        reduced = any(p.stage.kind in ("reduce", "fold") for p in placed[:place])
+        experts = None if reduced else len(self._names)
+        solved = solve_stage(placed[place].stage, experts, totals, work.info.size)
+        return jax.tree.map(LEAFWISE.narrow, solved)
+
+    def _sweep(
+        self,
+        work: Work,
+        part: tuple[int, int],
+        seen: Any,
+        due: Due | None,
+        fresh: bool,
+        bad: list[tuple[str, int]],
+        hashers: dict,
+    ) -> Any:
+        """Goes through a part once: measures what is due, or writes the result."""
+        found = None
         for piece in ranges(*part, PIECE if work.blocks else max(work.info.size, 1)):
             values = [self._read(work, i, piece) for i in range(len(work.tensors))]
             if fresh:
@@ -141,11 +187,7 @@ class Runner:
             else:
                 total = jax.tree.map(LEAFWISE.total, result)
                 found = total if found is None else jax.tree.map(np.add, found, total)
-        digests = [
-            [hasher.hexdigest() for (model, _), hasher in hashers.items() if model == i]
-            for i in (*range(len(work.tensors)), _OUTPUT)
-        ]
-        return Outcome(found, digests[:-1] if fresh else [], digests[-1], bad)
+        return found
 
     def _read(self, work: Work, index: int, piece: tuple[int, int]) -> np.ndarray:
         place = section(work.tensors[index], *piece)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from mergejax.chains import chain
-from mergejax.core import method, reduce
+from mergejax.core import Parts, Round, method, reduce
 from mergejax.hyper import Scaling
 
 
@@ -29,19 +29,32 @@ def arc(t: Scaling = 0.5):
         [0.7071 0.7071]
     """
 
-    def apply(ds, leaf, seen):
+    def between(ds, norms, cosine):
         a, b = ds
-        norms = jnp.sqrt(jnp.sum(a * a)), jnp.sqrt(jnp.sum(b * b))
         usable = (norms[0] > 1e-8) & (norms[1] > 1e-8)
-        units = [x / jnp.where(n > 1e-8, n, 1.0) for x, n in zip((a, b), norms, strict=True)]
-        cosine = jnp.clip(jnp.sum(units[0] * units[1]), -1.0, 1.0)
+        cosine = jnp.clip(cosine, -1.0, 1.0)
         straight = (jnp.abs(cosine) > 0.9995) | ~usable
         angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
         first = jnp.where(straight, 1 - t, jnp.sin((1 - t) * angle) / jnp.sin(angle))
         second = jnp.where(straight, t, jnp.sin(t * angle) / jnp.sin(angle))
         return first * a + second * b
 
-    return apply
+    def apply(ds, leaf, seen):
+        norms = [jnp.sqrt(jnp.sum(x * x)) for x in ds]
+        units = [x / jnp.where(n > 1e-8, n, 1.0) for x, n in zip(ds, norms, strict=True)]
+        return between(ds, norms, jnp.sum(units[0] * units[1]))
+
+    def products(ds, leaf, seen):
+        a, b = ds
+        return jnp.sum(a * a), jnp.sum(b * b), jnp.sum(a * b)
+
+    def apply_blocked(ds, leaf, seen):
+        *norms, inner = seen[-1]
+        norms = [jnp.sqrt(x) for x in norms]
+        return between(ds, norms, inner / jnp.maximum(norms[0] * norms[1], 1e-16))
+
+    blocked = Parts(apply_blocked, rounds=(Round(products),), elementwise=True)
+    return Parts(apply, blocked=blocked)
 
 
 @method

@@ -72,16 +72,17 @@ def trim(
     def keep_from(key: Array, d: Array) -> Array:
         return jnp.where(magnitude_key(d) >= key, d, 0.0)
 
+    counted = Parts(
+        apply=lambda d, leaf, seen: keep_from(seen[-1][0][0], d),
+        rounds=rank_rounds(lambda d, leaf, seen: [magnitude_key(d)], lambda n: [rank(n)]),
+        elementwise=True,
+    )
     if scope == "model":
         if cut == "exact":
             raise MergeError(
                 "trim: cut='exact' breaks ties by an element's place and needs scope='tensor'"
             )
-        return Parts(
-            apply=lambda d, leaf, seen: keep_from(seen[-1][0][0], d),
-            rounds=rank_rounds(lambda d, leaf, seen: [magnitude_key(d)], lambda n: [rank(n)]),
-            elementwise=True,
-        )
+        return counted
 
     def keep_first(d: Array, k: Array) -> Array:
         kept = first_largest(magnitude_key(d).reshape(1, -1), k).reshape(d.shape)
@@ -91,7 +92,11 @@ def trim(
         return keep_from(kth_key(magnitude_key(d), k), d)
 
     keep = keep_first if cut == "exact" else keep_equal
-    return Parts(apply=lambda d, leaf, seen: keep(d, seen[-1]), local=lambda info: rank(info.size))
+    return Parts(
+        apply=lambda d, leaf, seen: keep(d, seen[-1]),
+        local=lambda info: rank(info.size),
+        blocked=None if cut == "exact" else counted,
+    )
 
 
 Rescale = Literal["inverse", "norm", "none"]

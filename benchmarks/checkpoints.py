@@ -132,7 +132,7 @@ def theirs(
         config["base_model"] = str(folder / "base")
     path = folder / f"{name}.yml"
     path.write_text(json.dumps(config))  # JSON is YAML
-    return [*shlex.split(program), str(path), str(out), "--copy-tokenizer", "--lazy-unpickle"]
+    return [*shlex.split(program), str(path), str(out), "--no-copy-tokenizer", "--lazy-unpickle"]
 
 
 def timed(command: Sequence[str], out: pathlib.Path) -> Cost:
@@ -141,7 +141,8 @@ def timed(command: Sequence[str], out: pathlib.Path) -> Cost:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     before = os.times()
     started = time.perf_counter()
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    silent = subprocess.DEVNULL
+    subprocess.run(command, check=True, env=environment, stdout=silent, stderr=silent)
     wall = time.perf_counter() - started
     after = os.times()
     used = after.children_user + after.children_system
@@ -152,7 +153,8 @@ def watched(command: Sequence[str], out: pathlib.Path) -> tuple[int, int]:
     """Peak resident and anonymous bytes of a process and all its children."""
     shutil.rmtree(out, ignore_errors=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    silent = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=environment, stdout=silent, stderr=silent)
     peaks = [0, 0]
     while process.poll() is None:
         now = [0, 0]

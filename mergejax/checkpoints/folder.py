@@ -7,12 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mergejax.checkpoints import safetensors
+from mergejax.checkpoints import safetensors, torch_files
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.errors import MergeError, did_you_mean, raise_all, some
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf", ".npz")
@@ -67,7 +69,7 @@ def open_model(path: str | pathlib.Path, name: str | None = None) -> Model:
         hint = f" {_near(path)}" if _near(path) else ""
         raise MergeError(f"{path}: there is no such file or folder; check the path{hint}")
     if path.is_file():
-        held, _ = safetensors.read_header(_a_weight_file(path))
+        held = read_file(_a_weight_file(path))
         return Model(name, path, _some_tensors(held, path))
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     tensors, warnings = _read_folder(path)
@@ -84,6 +86,13 @@ def open_model(path: str | pathlib.Path, name: str | None = None) -> Model:
     if left:
         warnings = [*warnings, f"{path}: {some(left)} is neither merged nor copied"]
     return Model(name, path, _some_tensors(tensors, path), config, sides, tuple(warnings))
+
+
+def read_file(path: pathlib.Path) -> Mapping[str, Tensor]:
+    """The tensors of one file, in the format that its name ends with; safetensors otherwise."""
+    if path.suffix in torch_files.SUFFIXES:
+        return torch_files.read_torch(path)
+    return safetensors.read_header(path)[0]
 
 
 def _near(path: pathlib.Path) -> str:
@@ -144,17 +153,21 @@ def _read_folder(path: pathlib.Path) -> tuple[Mapping[str, Tensor], list[str]]:
         chosen = single if single.is_file() else files[0]
         stale = [p.name for p in files if p != chosen]
         warnings = [f"{path}: {some(stale)} is not read, {SINGLE} is"] if stale else []
-        return safetensors.read_header(chosen)[0], warnings
+        return read_file(chosen), warnings
     if files:
         raise MergeError(
             f"{path} holds {len(files)} safetensors files and no {INDEX}; add the index, or give "
             "one file"
         )
+    if (path / TORCH_INDEX).is_file():
+        return _read_index(path / TORCH_INDEX)
+    if (path / TORCH_SINGLE).is_file():
+        return read_file(path / TORCH_SINGLE), []
     if not any(path.iterdir()):
         raise MergeError(f"{path} is an empty folder; check the path")
     others = sorted(p.name for p in path.iterdir() if p.name.endswith(_WEIGHTS))
     found = f"; it holds {some(others)}" if others else ""
-    raise MergeError(f"{path} holds no safetensors weights{found}; give a folder of one model")
+    raise MergeError(f"{path} holds no model's weights{found}; give a folder of one model")
 
 
 def _read_index(index: pathlib.Path) -> tuple[Mapping[str, Tensor], list[str]]:
@@ -178,7 +191,7 @@ def _read_index(index: pathlib.Path) -> tuple[Mapping[str, Tensor], list[str]]:
             )
             continue
         try:
-            tensors, _ = safetensors.read_header(shard)
+            tensors = read_file(shard)
         except MergeError as error:
             problems.append(str(error))
             continue
@@ -188,15 +201,14 @@ def _read_index(index: pathlib.Path) -> tuple[Mapping[str, Tensor], list[str]]:
             problems.append(f"{shard} holds {some(extra)}, which {index.name} does not say")
         found |= {name: tensors[name] for name in wanted if name in tensors}
     raise_all(problems)
-    stale = sorted(
-        p.name for p in index.parent.glob("*.safetensors") if p.name not in set(places.values())
-    )
+    same_kind = index.parent.glob("*" + pathlib.Path(next(iter(places.values()))).suffix)
+    stale = sorted(p.name for p in same_kind if p.name not in set(places.values()))
     warnings = [f"{index.parent}: {some(stale)} is in no index and not read"] if stale else []
     return found, warnings
 
 
 def _is_plain(file: Any) -> bool:
-    return isinstance(file, str) and bool(re.fullmatch(r"[^/\\\0]+\.safetensors", file))
+    return isinstance(file, str) and bool(re.fullmatch(r"[^/\\\0]+\.(safetensors|bin)", file))
 
 
 def distinct_names(paths: list[pathlib.Path]) -> list[str]:

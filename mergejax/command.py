@@ -7,6 +7,7 @@ nothing is written; any other failure with one sentence and status 1. `--debug` 
 import argparse
 import json
 import pathlib
+import shlex
 import sys
 import traceback
 import warnings
@@ -37,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     merge = commands.add_parser("merge", parents=[shown], help="merge models into a new folder")
     _add_merge(merge)
+    merge.add_argument(
+        "--print-config", action="store_true", help="print the translated --mergekit and stop"
+    )
     merge.add_argument("--quiet", action="store_true", help="say nothing but problems")
     check = commands.add_parser(
         "check", parents=[shown], help="say what merge would do, and every problem"
@@ -63,6 +67,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     add("--only", metavar="REGEX", action="append", help="merge these tensors alone")
     add("--exclude", metavar="REGEX", action="append", help="keep the base's for these tensors")
     add("--strict", action="store_true", default=None, help="warnings are errors")
+    add("--mergekit", metavar="FILE.yml", help="a configuration file of mergekit")
     add("--config", metavar="FILE.py", help="a config file; flags and --config.KEY=... come after")
 
 
@@ -98,6 +103,10 @@ def _request(given: argparse.Namespace, extra: Sequence[str]) -> Any:
         fields = read_config(given.config, extra)
     elif extra:
         raise MergeError(f"'{extra[0]}' is no flag; see mergejax {given.command} --help")
+    if given.mergekit:
+        from mergejax.checkpoints.mergekit import read_mergekit
+
+        fields |= read_mergekit(given.mergekit)
     for name in (*_MODELS, *_FIELDS):
         if getattr(given, name) is not None:
             fields[name] = getattr(given, name)
@@ -147,8 +156,19 @@ def read_config(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value not in (None, "", ())}
 
 
+def config_of(request: Any) -> str:
+    """A request as a command line of this library, one option a line."""
+    options = {"base": request.base, "method": request.method, "dtype": request.dtype}
+    lines = [f"--{name} {shlex.quote(str(x))}" for name, x in options.items() if x is not None]
+    lines += [f"--expert {shlex.quote(str(expert))}" for expert in request.experts]
+    return "mergejax merge \\\n  " + " \\\n  ".join(lines)
+
+
 def _merge(given: argparse.Namespace, extra: Sequence[str]) -> None:
     request = _request(given, extra)
+    if given.print_config:
+        print(config_of(request))
+        return
     if request.out is None:
         raise MergeError("there is no output; name a folder with --out")
     from mergejax.checkpoints.job import prepare

@@ -84,7 +84,10 @@ class ByDepth:
         share = position - low
         if share == 0.0:
             return self.values[low]
-        return (1 - share) * self.values[low] + share * self.values[low + 1]
+        before, after = self.values[low], self.values[low + 1]
+        if isinstance(before, list | tuple):  # one number per expert
+            return [(1 - share) * a + share * b for a, b in zip(before, after, strict=True)]
+        return (1 - share) * before + share * after
 
     def __repr__(self) -> str:
         return f"by_depth({self.values})"
@@ -131,7 +134,8 @@ def by_depth(values: Sequence[Any]) -> ByDepth:
     """A hyper-parameter that is piecewise linear over the depth of the network.
 
     Args:
-        values: numbers at equal distances from the first block (depth 0) to the last (depth 1).
+        values: numbers, or lists with one number per expert, at equal distances from the first
+            block (depth 0) to the last (depth 1).
             Leaves before the blocks take the first value, leaves behind them the last.
 
     Returns:

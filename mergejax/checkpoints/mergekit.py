@@ -206,7 +206,7 @@ class _Settings:
         if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
             self.problems.append(f"'{name}' must be a number, a gradient or filters, not {value!r}")
             return "0"
-        rules = {}
+        rules: dict[str, str] = {}
         for condition in value:
             pattern = condition.get("filter") or "*"
             pattern = ".*" if pattern == "*" else re.escape(str(pattern))

@@ -6,8 +6,6 @@ from typing import Any
 
 from mergejax.errors import MergeError as MergeError
 from mergejax.errors import did_you_mean
-from mergejax.fused import fuse as fuse
-from mergejax.fused import split_fused as split_fused
 from mergejax.version import __version__ as __version__
 
 # Where each name lives. They are imported when they are used: JAX takes a second, Flax another,
@@ -28,6 +26,8 @@ _PLACES = {
     "method": "core",
     "reduce": "core",
     "refine": "core",
+    "fuse": "fused",
+    "split_fused": "fused",
     "by_depth": "hyper",
     "by_name": "hyper",
     "METHODS": "registry",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mergejax import errors
-from mergejax.checkpoints import compare, folder, output
+from mergejax.checkpoints import adapters, compare, folder, output
 from mergejax.checkpoints.compare import Finding
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.request import FLOATS, Request, show_size
@@ -115,7 +115,16 @@ def _open(request: Request, problems: Problems) -> list[Any]:
     if request.base is not None:
         own = request.base.resolve().name
         names = [own if own not in names else f"{own} (base)", *names]
-    return [problems.attempt(folder.open_model, p, n) for p, n in zip(paths, names, strict=True)]
+    models: list[Any] = []
+    for path, name in zip(paths, names, strict=True):
+        if not adapters.is_adapter(path):
+            models.append(problems.attempt(folder.open_model, path, name))
+        elif request.base is not None and models[:1] == [None]:
+            models.append(None)  # its base cannot be opened, which has been said
+        else:
+            base = models[0] if models and request.base is not None else None
+            models.append(problems.attempt(adapters.open_adapter, path, name, base))
+    return models
 
 
 def _same_paths(experts: Sequence[Model]) -> list[str]:

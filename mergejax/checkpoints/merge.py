@@ -183,13 +183,16 @@ def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:
 
 def _identity(job: Job) -> dict[str, Any]:
     """What must be the same for an interrupted merge to be continued."""
-    sources = [
-        [str(model.path.resolve()), sorted({str(t.path) for t in model.tensors.values()})]
-        for model in job.models
-    ]
+    sources = [[str(model.path.resolve()), sorted(_files(model))] for model in job.models]
     sizes = [[os.stat(file).st_size for file in files] for _, files in sources]
     return {"recipe": job.recipe, "inputs": [path for path, _ in sources], "bytes": sizes,
             "shard_size": job.request.shard_size}  # fmt: skip
+
+
+def _files(model: Model) -> set[str]:
+    """All files that a model's values come from."""
+    parts = [part for t in model.tensors.values() for part in (t, t.product) if part is not None]
+    return {str(part.path) for part in parts}
 
 
 def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
@@ -204,7 +207,7 @@ def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
         local = jax.tree.map(LEAFWISE.narrow, local_numbers(job.plan, info)) if not rounds else {}
         program = _as_data(placed), _leaf(seen, Values(None, []), 0), local
         tensors = [model.tensors[info.name] for model in read]
-        several = [f"{o} ({t.path.name})" for o, t in zip(owners, tensors, strict=True)]
+        several = [f"{o} ({t.source})" for o, t in zip(owners, tensors, strict=True)]
         works.append(Work(info, tensors, several, targets[info.name], blocks, program, rounds))
     for info in job.copied:
         tensor = job.reference.tensors[info.name]

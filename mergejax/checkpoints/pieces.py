@@ -51,6 +51,11 @@ class Work:
     program: tuple[Any, Leaf, Any] | None
     rounds: Sequence[Due] = ()
 
+    @property
+    def length(self) -> int:
+        """The elements that are in memory at once."""
+        return PIECE if self.blocks else max(self.info.size, 1)
+
     def parts(self) -> list[tuple[int, int]]:
         """The parts that are read, run and noted one by one; a leaf in pieces has several."""
         size = self.info.size
@@ -97,6 +102,11 @@ def _feed(hashers: dict, model: int, start: int, x: np.ndarray) -> None:
     for first, last in ranges(0, x.size, CHUNK):
         hasher = hashers.setdefault((model, (start + first) // CHUNK), blake3.blake3())
         hasher.update(x[first:last].view(np.uint8).data)
+
+
+def _digests(hashers: dict, model: int) -> list[str]:
+    """The digests of one model's chunks."""
+    return [hasher.hexdigest() for (owner, _), hasher in hashers.items() if owner == model]
 
 
 class Runner:
@@ -148,11 +158,8 @@ class Runner:
             self._own[work.info.name] = own
         seen = {**seen, **self._own.get(work.info.name, {})}
         found = self._sweep(work, part, seen, due, fresh, bad, hashers)
-        digests = [
-            [hasher.hexdigest() for (model, _), hasher in hashers.items() if model == i]
-            for i in (*range(len(work.tensors)), _OUTPUT)
-        ]
-        return Outcome(found, digests[:-1] if asked else [], digests[-1], bad)
+        digests = [_digests(hashers, i) for i in range(len(work.tensors))]
+        return Outcome(found, digests if asked else [], _digests(hashers, _OUTPUT), bad)
 
     def _solve(self, work: Work, path: str, totals: Sequence[Any]) -> Any:
         assert work.program is not None
@@ -175,7 +182,7 @@ class Runner:
     ) -> Any:
         """Goes through a part once: measures what is due, or writes the result."""
         found = None
-        for piece in ranges(*part, PIECE if work.blocks else max(work.info.size, 1)):
+        for piece in ranges(*part, work.length):
             values = [self._read(work, i, piece) for i in range(len(work.tensors))]
             if fresh:
                 bad += self._look_at(work, values, piece[0], hashers)
@@ -193,7 +200,9 @@ class Runner:
         place = section(work.tensors[index], *piece)
         buffer = self._buffers.take(index, place.bytes)
         self.inputs.read_into(place.path, place.offset, buffer)
-        return np.frombuffer(buffer, place.dtype, place.size)
+        values = np.frombuffer(buffer, place.dtype, place.size)
+        product = work.tensors[index].product
+        return values if product is None else values.astype(np.float32) + product.flat(*piece)
 
     def _look_at(
         self, work: Work, values: Sequence[np.ndarray], start: int, hashers: dict
@@ -236,20 +245,21 @@ class Runner:
 
     def digests_of(self, work: Work, part: tuple[int, int]) -> list[list[str]]:
         """The digests of the inputs of a part, as `run` takes them; nothing else is done."""
-        return [
-            [self._hash(self.inputs, section(tensor, *chunk)) for chunk in ranges(*part, CHUNK)]
-            for tensor in work.tensors
-        ]
+        hashers: dict[tuple[int, int], Any] = {}
+        for piece in ranges(*part, work.length):
+            for i in range(len(work.tensors)):
+                _feed(hashers, i, piece[0], self._read(work, i, piece))
+        return [_digests(hashers, i) for i in range(len(work.tensors))]
 
     def written(self, work: Work, part: tuple[int, int]) -> list[str]:
         """The digests of what lies on the disk where a part was written."""
         chunks = ranges(*part, CHUNK)
-        return [self._hash(self.outputs, section(work.target, *chunk)) for chunk in chunks]
+        return [self._hash(section(work.target, *chunk)) for chunk in chunks]
 
-    def _hash(self, source: Files, tensor: Tensor) -> str:
+    def _hash(self, tensor: Tensor) -> str:
         hasher = blake3.blake3()
         for start, stop in ranges(0, tensor.bytes, 2**20):
             buffer = self._buffers.take("hash", stop - start)
-            source.read_into(tensor.path, tensor.offset + start, buffer)
+            self.outputs.read_into(tensor.path, tensor.offset + start, buffer)
             hasher.update(buffer)
         return hasher.hexdigest()

@@ -37,6 +37,26 @@ _LONGEST = 100_000_000  # bytes of a header; the reference reader refuses longer
 _POINTER = b"version https://git-lfs"
 
 
+class Product(NamedTuple):
+    """A matrix that is added to a tensor when it is read: left [rows, r] times right [r, columns].
+
+    Attributes:
+        path: of the file that it comes from.
+        left, right: float64.
+    """
+
+    path: pathlib.Path
+    left: np.ndarray
+    right: np.ndarray
+
+    def flat(self, start: int, stop: int) -> np.ndarray:
+        """The elements from `start` to `stop` in the order of rows, float32."""
+        columns = self.right.shape[1]
+        first = start // columns
+        rows = self.left[first : -(-stop // columns)] @ self.right
+        return rows.reshape(-1)[start - first * columns : stop - first * columns].astype(np.float32)
+
+
 class Tensor(NamedTuple):
     """Where the values of one tensor lie.
 
@@ -45,16 +65,23 @@ class Tensor(NamedTuple):
         dtype: of the values.
         shape: of the tensor.
         offset: of its first byte in the file.
+        product: an adapter's part, added when the values are read, or None.
     """
 
     path: pathlib.Path
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
+    product: Product | None = None
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def source(self) -> str:
+        """The name of the file to look at if something is wrong with the values."""
+        return (self.path if self.product is None else self.product.path).name
 
     @property
     def bytes(self) -> int:

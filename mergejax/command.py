@@ -1,4 +1,4 @@
-"""The command `mergejax`: merge, check, methods.
+"""The command `mergejax`: merge, check, inspect, methods.
 
 Bad input is answered with one sentence per problem on standard error and exit status 2, and
 nothing is written; any other failure with one sentence and status 1. `--debug` shows where.
@@ -47,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_merge(check)
     check.add_argument("--json", action="store_true", help="answer in JSON, every tensor listed")
+    inspect = commands.add_parser(
+        "inspect", parents=[shown], help="say what experts changed, and how much they disagree"
+    )
+    inspect.add_argument("base", help="the model that the experts were fine-tuned from")
+    inspect.add_argument("experts", nargs="+", metavar="expert", help="folders, files, adapters")
+    inspect.add_argument("--out", metavar="DIR", help="folder for inspect.json and inspect.png")
     methods = commands.add_parser("methods", parents=[shown], help="list methods, or explain one")
     methods.add_argument("name", nargs="?", help="of a method or a piece")
     return parser
@@ -214,6 +220,15 @@ def _methods(given: argparse.Namespace) -> None:
     print(reference.table() if given.name is None else reference.entry(given.name))
 
 
+def _inspect(given: argparse.Namespace) -> None:
+    from mergejax.checkpoints import inspect
+
+    found = inspect.inspect(given.base, given.experts)
+    print(inspect.table(found))
+    if given.out is not None:
+        inspect.write(found, pathlib.Path(given.out))
+
+
 def run(arguments: Sequence[str]) -> int:
     """Does what a command line says and returns the exit status."""
     parser = _parser()
@@ -221,9 +236,9 @@ def run(arguments: Sequence[str]) -> int:
     if given.command is None:
         parser.print_help()
         return 0
-    if given.command == "methods":
+    if given.command in ("methods", "inspect"):
         raise_all([f"'{argument}' is no flag" for argument in extra])
-        _methods(given)
+        (_methods if given.command == "methods" else _inspect)(given)
         return 0
     if given.command == "check":
         return _check(given, extra)

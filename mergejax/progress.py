@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol, TextIO
 
-from rich import console, progress
-
 INTERVAL = 10.0  # seconds between two plain lines about one bar
 
 
@@ -79,6 +77,8 @@ class Printer:
 
 @contextlib.contextmanager
 def _bar(stream: TextIO, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich import console, progress  # only a terminal needs it
+
     columns = (
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),

@@ -226,7 +226,7 @@ def transposed(base: Model, experts: Sequence[Model]) -> list[Finding]:
 
 def _looks_transposed(base: Tensor, other: Tensor, files: Files) -> bool:
     size = base.shape[0]
-    rows, columns = (np.linspace(0, size - 1, min(n, size)).astype(int) for n in (4, 12))
+    rows, columns = (np.linspace(0, size - 1, min(n, size)).astype(int) for n in (3, 9))
     there = _rows(other, rows, files)[:, columns]
     straight = np.abs(there - _rows(base, rows, files)[:, columns]).sum()
     turned = np.abs(there - _rows(base, columns, files)[:, rows].T).sum()

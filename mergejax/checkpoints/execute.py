@@ -19,7 +19,7 @@ from mergejax.errors import MergeError, raise_all
 from mergejax.plan import Plan, solve
 from mergejax.run import LEAFWISE
 
-Advance = Callable[[str, int], None]  # (leaf, bytes of the inputs that were gone through)
+Advance = Callable[[int], None]  # (parts that were gone through)
 Part = tuple[Work, tuple[int, int]]
 Key = tuple[str, int]  # leaf, first element
 Digests = dict[Key, list[list[str]]]  # for each model the digests of the part's chunks
@@ -128,7 +128,7 @@ def execute(
             before = sums.get(due)
             total = outcome.found if before is None else _sum(before[1], outcome.found)
             sums[due] = [size + (before[0] if before else 0), total]
-            advance(part[0].info.name, input_bytes(part))
+            advance(1)
         found = {}
         for (path, _), (size, (total, recalled)) in sums.items():
             totals = [*memory.totals.get(path, []), total]
@@ -141,7 +141,7 @@ def execute(
         key = key_of(part)
         staging.note({"part": key, "out": outcome.written, "in": [[*key, memory.digests[key]]]})
         memory.done[key] = list(outcome.written)
-        advance(part[0].info.name, input_bytes(part))
+        advance(1)
 
 
 def _sum(a: Any, b: Any) -> Any:
@@ -217,7 +217,7 @@ def _prove(
         memory.keep(part, digests)
         if memory.done[key_of(part)] != written:
             del memory.done[key_of(part)]
-        advance(part[0].info.name, input_bytes(part))
+        advance(1)
 
 
 def verify(works: Sequence[Work], runner: Runner, memory: Memory, threads: int) -> None:

@@ -87,7 +87,7 @@ def prepare(request: Request) -> tuple[Job | None, Problems, list[str]]:
         The job, or None if there are problems; the problems; the warnings.
     """
     problems = Problems()
-    models = _open(request, problems)
+    models = open_models(request, problems)
     base, experts = (None, models) if request.base is None else (models[0], models[1:])
     opened = all(model is not None for model in models)
     warnings = [line for model in models if model is not None for line in model.warnings]
@@ -109,7 +109,8 @@ def prepare(request: Request) -> tuple[Job | None, Problems, list[str]]:
     return (None if problems.sentences() else job), problems, warnings
 
 
-def _open(request: Request, problems: Problems) -> list[Any]:
+def open_models(request: Request, problems: Problems) -> list[Any]:
+    """The base, if there is one, and the experts; None for one that cannot be opened."""
     paths = [*([] if request.base is None else [request.base]), *request.experts]
     names = folder.distinct_names(list(request.experts))
     if request.base is not None:

@@ -32,7 +32,7 @@ from mergejax.checkpoints.files import CHUNK
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.job import Job, prepare
 from mergejax.checkpoints.pieces import Runner, Work
-from mergejax.checkpoints.request import make_request
+from mergejax.checkpoints.request import make_request, show_size
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.checkpoints.staging import Staging
 from mergejax.plan import local_numbers
@@ -160,8 +160,10 @@ def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:
     passes = 1 + len(job.plan.passes)
     total = sum(input_bytes(part) for part in parts_of(works))
     try:
-        with reporter.progress("merge", passes * total) as advance:
-            execute(job.plan, works, runner, staging, memory, count, lambda _, size: advance(size))
+        several = f"{passes} passes" if passes > 1 else "1 pass"
+        title = f"{several} over {len(works)} tensors, {show_size(total)}"
+        with reporter.progress(title, passes * len(parts_of(works))) as advance:
+            execute(job.plan, works, runner, staging, memory, count, advance)
         recipe = _with_hashes(job, works, memory.digests)
         output.write_headers(job.files, staging.files, recipe, runner.outputs)
         with ThreadPoolExecutor(1) as pool:

@@ -92,6 +92,19 @@ def section(tensor: Tensor, start: int, stop: int) -> Tensor:
     return Tensor(tensor.path, tensor.dtype, (stop - start,), offset)
 
 
+def read_piece(
+    tensor: Tensor, piece: tuple[int, int], source: Files, buffers: Buffers, key: Any
+) -> np.ndarray:
+    """The elements of a piece, flat; they are overwritten when `key` is used again."""
+    place = section(tensor, *piece)
+    buffer = buffers.take(key, place.bytes)
+    source.read_into(place.path, place.offset, buffer)
+    values = np.frombuffer(buffer, place.dtype, place.size)
+    if tensor.product is None:
+        return values
+    return values.astype(np.float32) + tensor.product.flat(*piece)
+
+
 def start_of(index: int) -> np.ndarray:
     """The index of an element as two uint32 halves, low and high."""
     return np.array([index & 0xFFFFFFFF, index >> 32], np.uint32)
@@ -197,12 +210,7 @@ class Runner:
         return found
 
     def _read(self, work: Work, index: int, piece: tuple[int, int]) -> np.ndarray:
-        place = section(work.tensors[index], *piece)
-        buffer = self._buffers.take(index, place.bytes)
-        self.inputs.read_into(place.path, place.offset, buffer)
-        values = np.frombuffer(buffer, place.dtype, place.size)
-        product = work.tensors[index].product
-        return values if product is None else values.astype(np.float32) + product.flat(*piece)
+        return read_piece(work.tensors[index], piece, self.inputs, self._buffers, index)
 
     def _look_at(
         self, work: Work, values: Sequence[np.ndarray], start: int, hashers: dict

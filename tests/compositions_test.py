@@ -15,14 +15,12 @@ SHAPES = {
 HOSTS = [
     "task_arithmetic(scaling=0.4)",
     "ties(density=0.5)",
-    "della(density=0.6, spread=0.2)",
     "pcb(density=0.4)",
     "sce(density=0.5)",
     "consensus()",
     "model_stock()",
     "opcm()",
     "tsv_merge()",
-    "swudi()",
 ]
 FEW = HOSTS[:2]
 # A modifier, and values with which it does nothing (None where there are none).

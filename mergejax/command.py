@@ -1,4 +1,4 @@
-"""The command `mergejax`: merge, check, inspect, methods.
+"""The command `mergejax`: merge, check, inspect, convert, methods.
 
 Bad input is answered with one sentence per problem on standard error and exit status 2, and
 nothing is written; any other failure with one sentence and status 1. `--debug` shows where.
@@ -53,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("base", help="the model that the experts were fine-tuned from")
     inspect.add_argument("experts", nargs="+", metavar="expert", help="folders, files, adapters")
     inspect.add_argument("--out", metavar="DIR", help="folder for inspect.json and inspect.png")
+    convert = commands.add_parser(
+        "convert", parents=[shown], help="write a model in another file format"
+    )
+    convert.add_argument("source", help="a model, a Flax msgpack file, an Orbax folder")
+    convert.add_argument("target", help="ends with .safetensors, .npz or .msgpack, else Orbax")
+    convert.add_argument("--format", help="if the target's name does not say it")
     methods = commands.add_parser("methods", parents=[shown], help="list methods, or explain one")
     methods.add_argument("name", nargs="?", help="of a method or a piece")
     return parser
@@ -229,6 +235,12 @@ def _inspect(given: argparse.Namespace) -> None:
         inspect.write(found, pathlib.Path(given.out))
 
 
+def _convert(given: argparse.Namespace) -> None:
+    from mergejax.checkpoints import convert
+
+    print(f"{convert.convert(given.source, given.target, given.format)} is written")
+
+
 def run(arguments: Sequence[str]) -> int:
     """Does what a command line says and returns the exit status."""
     parser = _parser()
@@ -236,9 +248,10 @@ def run(arguments: Sequence[str]) -> int:
     if given.command is None:
         parser.print_help()
         return 0
-    if given.command in ("methods", "inspect"):
+    plain = {"methods": _methods, "inspect": _inspect, "convert": _convert}
+    if given.command in plain:
         raise_all([f"'{argument}' is no flag" for argument in extra])
-        (_methods if given.command == "methods" else _inspect)(given)
+        plain[given.command](given)
         return 0
     if given.command == "check":
         return _check(given, extra)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mergejax.checkpoints import safetensors, torch_files
+from mergejax.checkpoints import npz, safetensors, torch_files
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.errors import MergeError, did_you_mean, raise_all, some
 
@@ -92,6 +92,8 @@ def read_file(path: pathlib.Path) -> Mapping[str, Tensor]:
     """The tensors of one file, in the format that its name ends with; safetensors otherwise."""
     if path.suffix in torch_files.SUFFIXES:
         return torch_files.read_torch(path)
+    if path.suffix == ".npz":
+        return npz.read_npz(path)
     return safetensors.read_header(path)[0]
 
 

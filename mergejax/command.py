@@ -203,8 +203,10 @@ def _check(given: argparse.Namespace, extra: Sequence[str]) -> int:
     forecast = {}
     if job is not None:
         from mergejax.checkpoints import forecast as forecasts
+        from mergejax.checkpoints import merge
 
         forecast = forecasts.forecast(job)
+        problems.lines += merge.target_problems(job)
     sentences = problems.sentences()
     if given.json:
         every: list[Any] = [{"problem": line} for line in problems.lines]

@@ -393,8 +393,7 @@ def test_bad_input(name, tmp_path, capsys):
 
 
 # What no header and no argument tells.
-SEEN_WHILE_MERGING = {"NaN in an expert", "an infinity in the base", "an overflow of the output",
-                      "an output that is in use"}  # fmt: skip
+SEEN_WHILE_MERGING = {"NaN in an expert", "an infinity in the base", "an overflow of the output"}
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in SEEN_WHILE_MERGING])
@@ -405,6 +404,15 @@ def test_check_sees_it_before_any_work(name, tmp_path, capsys):
     status, err = refusal(capsys, "check", *case.arguments())
     assert status == 2, err
     assert re.search(sentence, err), err
+
+
+def test_parents_of_the_output_that_were_made_are_removed_again(tmp_path, capsys):
+    case = Case(tmp_path)
+    spoil("b", np.nan)(case)
+    case.out = tmp_path / "new" / "deeper" / "out"
+    status, _ = refusal(capsys, "merge", *case.arguments(), "--quiet")
+    assert status == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "expert0", "expert1"]
 
 
 def test_all_problems_are_told_at_once(tmp_path, capsys):

@@ -112,7 +112,7 @@ def _shape_finding(owner: str, other: str, name: str, wanted: Tensor, got: Tenso
     rows = wanted.shape[1:] == got.shape[1:] and wanted.shape and got.shape
     if rows and _VOCABULARY.search(name):
         detail = f" of {got.shape[0]} rows instead of {wanted.shape[0]}"
-        advice = "take models of one vocabulary, or align it by --vocabulary"
+        advice = "merge models of one vocabulary, or exclude the tensor"
         return Finding(owner, "has another vocabulary:", name, detail, advice)
     if wanted.shape == got.shape[::-1]:
         return Finding(

@@ -30,7 +30,7 @@ from mergejax.checkpoints.execute import (
 )
 from mergejax.checkpoints.files import CHUNK
 from mergejax.checkpoints.folder import Model
-from mergejax.checkpoints.job import Job, prepare
+from mergejax.checkpoints.job import Job, existing_parent, prepare
 from mergejax.checkpoints.pieces import Runner, Work
 from mergejax.checkpoints.request import make_request, show_size
 from mergejax.checkpoints.safetensors import Tensor
@@ -120,16 +120,11 @@ def run(job: Job, reporter: Reporter) -> None:
     assert out is not None
     for line in job.warnings:
         reporter.log(f"warning: {line}")
-    staging = Staging(out)
-    occupied = out.exists() and any(out.iterdir())
-    if occupied and _is_done(job):
+    if not _is_free(out) and _is_done(job):
         reporter.log(f"{out} holds this very merge already; nothing to do")
         return
-    if occupied and not job.request.overwrite:
-        raise errors.MergeError(
-            f"{out} is not empty; choose another output, or replace it whole with --overwrite"
-        )
-    _refuse_read_only(out)
+    errors.raise_all(target_problems(job))
+    staging = Staging(out)
     with staging:
         try:
             _merge(job, staging, reporter)
@@ -141,10 +136,21 @@ def run(job: Job, reporter: Reporter) -> None:
             raise
 
 
-def _refuse_read_only(out: pathlib.Path) -> None:
-    parent = next(p for p in out.absolute().parents if p.exists())
+def target_problems(job: Job) -> list[str]:
+    """Why the target cannot be written now: occupied by something else, or read-only."""
+    out = job.request.out
+    if out is None:
+        return []
+    parent = existing_parent(out)
     if not os.access(parent, os.W_OK):
-        raise errors.MergeError(f"{parent} is read-only; choose another output")
+        return [f"{parent} is read-only; choose another output"]
+    if _is_free(out) or job.request.overwrite or _is_done(job):
+        return []
+    return [f"{out} is not empty; choose another output, or replace it whole with --overwrite"]
+
+
+def _is_free(out: pathlib.Path) -> bool:
+    return not out.exists() or not any(out.iterdir())
 
 
 def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:

@@ -1,6 +1,7 @@
 """An output folder that appears by one renaming: staged beside its place, with a journal."""
 
 import base64
+import contextlib
 import json
 import os
 import pathlib
@@ -36,9 +37,11 @@ class Staging:
         self.files = self.folder / "files"
         self._journal = self.folder / "journal.jsonl"
         self._writer: IO[bytes] | None = None
+        self._made: list[pathlib.Path] = []
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> "Staging":
+        self._made = [parent for parent in self.target.parents if not parent.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = (self.folder / "lock").open("a+")
         try:
@@ -112,8 +115,11 @@ class Staging:
         self.remove()
 
     def remove(self) -> None:
-        """Removes the folder and everything in it."""
+        """Removes the folder and everything in it, and parents that were made and are empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self._made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def _sync(path: pathlib.Path) -> None:

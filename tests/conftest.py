@@ -37,6 +37,13 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_memory():
+    """Forgets compiled programs behind each file; three thousand tests would keep gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def tiny_blocks(monkeypatch):
     """Runs elementwise chains in blocks of a handful of elements."""

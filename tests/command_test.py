@@ -91,6 +91,21 @@ def test_check_forecasts_and_writes_nothing(tmp_path, capsys):
     assert disk_models.snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("more", [[], ["--shard-size", "300"]])
+def test_the_forecast_of_the_disk_is_what_the_merge_takes(more, tmp_path, capsys):
+    arguments = flags(
+        disk_models.family(tmp_path), "--method", "ties()", "--out", tmp_path / "out", *more
+    )
+    status, out, _ = answer(capsys, "check", *arguments, "--json")
+    forecast = json.loads(out)["forecast"]
+    assert status == 0
+    assert answer(capsys, "merge", *arguments, "--quiet")[0] == 0
+    taken = sum(len(content) for content in disk_models.snapshot(tmp_path / "out").values())
+    assert forecast["disk_bytes"] == taken
+    assert (forecast["passes"], forecast["tensors"]) == (4, 8)
+    assert forecast["memory_bytes"] < 600e6
+
+
 def test_check_answers_in_json_with_every_tensor(tmp_path, capsys):
     models = disk_models.family(tmp_path)
     disk_models.write(models[2], disk_models.weights(2, width=8))

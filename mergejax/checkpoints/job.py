@@ -225,9 +225,14 @@ def _space_problems(job: Job) -> list[str]:
 
 
 def predicted_disk(job: Job) -> int:
-    """The bytes of the result: weights exactly, side files, card and recipe nearly."""
+    """The bytes of the result; a configuration that is rewritten may differ by a few."""
+    texts = [
+        output.recipe_text(job.recipe, output.UNKNOWN),
+        output.card(job.models, job.recipe),
+        *([output.index_text(job.files)] if len(job.files) > 1 else []),
+    ]
     sides = sum(path.stat().st_size for path in job.reference.sides.values())
-    return output.file_bytes(job.files, job.recipe) + sides + 4096
+    return output.file_bytes(job.files, job.recipe) + sides + sum(len(t.encode()) for t in texts)
 
 
 def _plan(

@@ -104,16 +104,25 @@ def write_headers(
         header = safetensors.header_bytes(tensors, metadata(recipe))
         output.write_from(folder / file, 0, memoryview(header))
     if len(files) > 1:
-        every = [tensor for tensors in files.values() for tensor in tensors.values()]
-        index = {
-            "metadata": {
-                "total_parameters": sum(tensor.size for tensor in every),
-                "total_size": sum(tensor.bytes for tensor in every),
-            },
-            "weight_map": {name: file for file, tensors in files.items() for name in tensors},
-        }
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / INDEX).write_text(text, encoding="utf-8")
+        (folder / INDEX).write_text(index_text(files), encoding="utf-8")
+
+
+def index_text(files: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """The index of several files."""
+    every = [tensor for tensors in files.values() for tensor in tensors.values()]
+    index = {
+        "metadata": {
+            "total_parameters": sum(tensor.size for tensor in every),
+            "total_size": sum(tensor.bytes for tensor in every),
+        },
+        "weight_map": {name: file for file, tensors in files.items() for name in tensors},
+    }
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def recipe_text(recipe: Mapping[str, Any], result: str) -> str:
+    """The file of the recipe."""
+    return json.dumps({"recipe": recipe, "result": result}, indent=2) + "\n"
 
 
 def write_sides(
@@ -133,8 +142,7 @@ def write_sides(
         known = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
         config |= dict.fromkeys(known, recipe["dtype"])
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    text = json.dumps({"recipe": recipe, "result": result}, indent=2) + "\n"
-    (folder / RECIPE).write_text(text, encoding="utf-8")
+    (folder / RECIPE).write_text(recipe_text(recipe, result), encoding="utf-8")
     (folder / CARD).write_text(card(models, recipe), encoding="utf-8")
 
 

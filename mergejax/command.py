@@ -84,14 +84,10 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> list[float]:
-    return [_number(part) for part in text.strip("[]").split(",")]
-
-
-def _number(text: str) -> float:
     try:
-        return float(text)
+        return [float(part) for part in text.strip("[]").split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number; write 0.5,0.5") from None
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers; write 0.5,0.5") from None
 
 
 def _integer(text: str) -> int:

@@ -341,7 +341,10 @@ CASES = {
     "weights that sum to zero": (method("linear(weights=[1, -1])"), r"sums to zero"),
     "weights of the wrong length": (method("linear(weights=[1, 2, 3])"), r"has 3 numbers"),
     "weights by flag, too few": (method("linear()", "--weights", "1"), r"has 1 numbers"),
-    "weights that are no numbers": (method("linear()", "--weights", "1,x"), r"'x' is no number"),
+    "weights that are no numbers": (
+        method("linear()", "--weights", "1,x"),
+        r"'1,x' is no list of numbers",
+    ),
     "weights for a method without": (method("slerp()", "--weights", "1,2"), r"no parameters 'weig"),
     "two experts too many": (method("passthrough()"), r"takes exactly 1 expert, not 2"),
     "no reduction": (method("drop(rate=0.5)"), r"end it with a reduction"),

@@ -4,7 +4,7 @@ import os
 import time
 from typing import Any
 
-from mergejax.checkpoints import merge, output
+from mergejax.checkpoints import output, works
 from mergejax.checkpoints.files import Files, ranges
 from mergejax.checkpoints.job import Job, predicted_disk
 from mergejax.checkpoints.request import show_size
@@ -17,14 +17,14 @@ _PASS = 0.9e9  # bytes a second and processor that a pass works through
 
 def forecast(job: Job) -> dict[str, Any]:
     """Bytes on disk, peak bytes of memory (an upper bound), seconds (roughly), passes."""
-    works = merge.make_works(job, output.place(job.files, job.reference.path, job.recipe))
-    threads = merge.threads(job, works)
-    largest = sorted((merge.part_memory(work) for work in works), reverse=True)[:threads]
-    read = sum(tensor.bytes for work in works for tensor in work.tensors)
+    every = works.make_works(job, output.place(job.files, job.reference.path, job.recipe))
+    threads = works.threads(job, every)
+    largest = sorted((works.part_memory(work) for work in every), reverse=True)[:threads]
+    read = sum(tensor.bytes for work in every for tensor in work.tensors)
     passes = 1 + len(job.plan.passes)
     speed = min(_speed(job), _PASS * (os.cpu_count() or 1))
     return {
-        "tensors": len(works),
+        "tensors": len(every),
         "disk_bytes": predicted_disk(job),
         "memory_bytes": _PROGRAM + sum(largest),
         "seconds": round(_START + passes * read / speed + output_bytes(job) / _PASS, 1),

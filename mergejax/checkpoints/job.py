@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from mergejax import errors
 from mergejax.checkpoints import adapters, compare, folder, output
 from mergejax.checkpoints.compare import Finding
@@ -98,7 +96,9 @@ def prepare(request: Request) -> tuple[Job | None, Problems, list[str]]:
         else:
             problems.lines += _same_paths(experts)
     problems.lines += target_problems(request)
-    method = problems.attempt(_method, request)
+    from mergejax.checkpoints.chosen import method_of  # here, for it imports JAX
+
+    method = problems.attempt(method_of, request.method, request.weights)
     job = None
     if opened and method is not None and not problems.findings:
         job = problems.attempt(_plan, request, base, tuple(experts), method, warnings, problems)
@@ -150,42 +150,6 @@ def _look_at_values(base: Any, experts: Sequence[Model], problems: Problems) -> 
     if base is not None:
         warnings += compare.sentences(compare.transposed(base, experts))
     return [*compare.type_warnings(base, experts), *warnings]
-
-
-def _method(request: Request) -> Any:
-    from mergejax.registry import as_chain
-
-    method = as_chain(request.method)
-    return method if request.weights is None else with_weights(method, request.weights)
-
-
-def with_weights(method: Any, weights: Sequence[float]) -> Any:
-    """The method with its parameter `weights` set.
-
-    Raises:
-        MergeError: it has none, or several.
-    """
-    from mergejax import hyper
-    from mergejax.chains import Chain
-    from mergejax.core import Stage
-
-    places = [
-        i
-        for i, item in enumerate(method.items)
-        if isinstance(item, Stage) and "weights" in item.arguments
-    ]
-    if len(places) != 1:
-        raise errors.MergeError(
-            f"--weights: {method!r} has {len(places) or 'no'} parameters 'weights'; write them "
-            "into the method, such as ties(weights=[0.5, 0.5])"
-        )
-    items = list(method.items)
-    stage = items[places[0]]
-    arguments = {**stage.arguments, "weights": list(weights)}
-    built = Stage(stage.factory, hyper.bind(stage.factory.function, (), arguments))
-    built.build()
-    items[places[0]] = built
-    return Chain(items)
 
 
 def target_problems(request: Request) -> list[str]:
@@ -244,6 +208,7 @@ def _plan(
     problems: Problems,
 ) -> Job:
     from mergejax.chains import chain, reduces
+    from mergejax.checkpoints.chosen import needs_base
     from mergejax.leaves import BUFFER, HEAD
     from mergejax.methods.combine import mean
     from mergejax.plan import make_plan
@@ -293,35 +258,6 @@ def _describe(request: Request, reference: Model) -> list[Any]:
         else dataclasses.replace(info, role=HEAD)
         for info in infos
     ]
-
-
-def needs_base(plan: Any, experts: int) -> bool:
-    """Whether any stage reads the base's values, found out by running the chain without them."""
-    import jax
-    import jax.numpy as jnp
-
-    from mergejax import forms
-    from mergejax.run import Values, _as_data, _leaf
-
-    distinct = {tuple(p.path for p in placed): placed for placed in plan.placed.values()}
-    stages = [p.stage for placed in distinct.values() for p in placed]
-    if any(stage.factory.space == "delta" for stage in stages) or plan.passes:
-        return True
-    from mergejax.leaves import LeafInfo
-
-    info = LeafInfo("leaf", (4, 4), np.float32, "kernel", "io", 0.0, -1)
-    leaf = _leaf(info, Values(None, []), 0)
-    arrays = [np.zeros((4, 4), np.float32)] * experts
-    names = np.zeros((experts, 2), np.uint32)
-    try:
-        for placed in distinct.values():
-            run = lambda *xs, placed=placed: forms.run_leaf(
-                _as_data(placed), leaf, xs, jnp.asarray(names), {}, {}
-            )
-            jax.eval_shape(run, *arrays)
-    except Exception:  # whatever a stage does with a base that is None
-        return True
-    return False
 
 
 def make_recipe(

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import json
 import os
 import pathlib
@@ -12,12 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 import numpy as np
 
 from mergejax import errors
-from mergejax.chains import Placed
-from mergejax.checkpoints import folder, output, pieces
+from mergejax.checkpoints import folder, output
 from mergejax.checkpoints.execute import (
     Memory,
     execute,
@@ -28,18 +25,14 @@ from mergejax.checkpoints.execute import (
     recall,
     verify,
 )
-from mergejax.checkpoints.files import CHUNK
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.job import Job, existing_parent, prepare
 from mergejax.checkpoints.pieces import Runner, Work
 from mergejax.checkpoints.request import make_request, show_size
-from mergejax.checkpoints.safetensors import Tensor
 from mergejax.checkpoints.staging import Staging
-from mergejax.plan import local_numbers
+from mergejax.checkpoints.works import make_works, threads
 from mergejax.progress import Reporter
 from mergejax.randomness import name_key
-from mergejax.run import LEAFWISE, Values, _as_data, _is_elementwise, _leaf
-from mergejax.step import Due
 
 
 class Silent:
@@ -201,72 +194,6 @@ def _files(model: Model) -> set[str]:
     """All files that a model's values come from."""
     parts = [part for t in model.tensors.values() for part in (t, t.product) if part is not None]
     return {str(part.path) for part in parts}
-
-
-def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
-    """Every leaf with its program, in the order in which the reference's files hold them."""
-    read = [*([job.base] if job.reads_base and job.base else []), *job.experts]
-    owners = [_owner(model, job.base) for model in read]
-    works = []
-    for info in job.merged:
-        placed, rounds = in_blocks(job.plan.placed[info.name])
-        blocks = _is_elementwise(placed)
-        seen = dataclasses.replace(info, role="", layout="") if blocks else info
-        local = jax.tree.map(LEAFWISE.narrow, local_numbers(job.plan, info)) if not rounds else {}
-        program = _as_data(placed), _leaf(seen, Values(None, []), 0), local
-        tensors = [model.tensors[info.name] for model in read]
-        several = [f"{o} ({t.source})" for o, t in zip(owners, tensors, strict=True)]
-        works.append(Work(info, tensors, several, targets[info.name], blocks, program, rounds))
-    for info in job.copied:
-        tensor = job.reference.tensors[info.name]
-        owner = [_owner(job.reference, job.base)]
-        works.append(Work(info, [tensor], owner, targets[info.name], True, None))
-    place = {name: (str(t.path), t.offset) for name, t in job.reference.tensors.items()}
-    # Large leaves that are one part come first, so that no processor waits for them at the end.
-    alone = lambda work: len(work.parts()) == 1 and work.info.size > CHUNK
-    return sorted(works, key=lambda work: (not alone(work), place[work.info.name]))
-
-
-def in_blocks(placed: Sequence[Placed]) -> tuple[list[Placed], list[Due]]:
-    """The stages in their form for blocks, if all have one, and what is to be measured first."""
-    forms = [p.stage if p.stage.elementwise else p.stage.blocked() for p in placed]
-    if not all(forms) or any(p.role != "apply" for p in placed):
-        return list(placed), []
-    turned = [dataclasses.replace(p, stage=f) for p, f in zip(placed, forms, strict=True) if f]
-    rounds = [
-        (p.path, number)
-        for p, before in zip(turned, placed, strict=True)
-        if p.stage is not before.stage
-        for number in range(len(p.stage.build().rounds))
-    ]
-    return turned, rounds
-
-
-def _owner(model: Model, base: Model | None) -> str:
-    return "the base" if model is base else f"expert '{model.name}'"
-
-
-def threads(job: Job, works: Sequence[Work]) -> int:
-    """How many parts are worked on at once: as many as there are processors and memory for."""
-    count = max(2, os.cpu_count() or 2)
-    budget = job.request.memory or free_memory() // 2
-    return max(1, min(count, budget // max(part_memory(work) for work in works)))
-
-
-def part_memory(work: Work) -> int:
-    """An upper bound of what working on one part of a leaf takes, in bytes."""
-    length = min(pieces.PIECE, work.info.size) if work.blocks else work.info.size
-    stored = sum(tensor.dtype.itemsize for tensor in work.tensors)
-    return length * (stored + 4 * (2 * len(work.tensors) + 4)) + 2**20
-
-
-def free_memory() -> int:
-    """Bytes of memory that are free."""
-    try:
-        text = pathlib.Path("/proc/meminfo").read_text()
-        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        return 4 * 2**30
 
 
 def _with_hashes(

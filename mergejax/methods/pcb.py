@@ -83,8 +83,8 @@ def compete(
         >>> base = {'w': jnp.zeros(4)}
         >>> experts = [{'w': jnp.asarray([4.0, 1.0, 2.0, 0.5])},
         ...            {'w': jnp.asarray([4.0, -1.0, 0.1, 0.5])}]
-        >>> print(mj.merge(mj.compete(0.5, 1.0, clip=0.0), base, experts)['w'])
-        [4. 0. 2. 0.]
+        >>> print(mj.merge(mj.compete(0.75, 1.0, clip=0.0), base, experts)['w'])
+        [ 4. -1.  2.  0.]
     """
 
     def limits(size):
@@ -160,8 +160,8 @@ def pcb(
         >>> base = {'w': jnp.zeros(4)}
         >>> experts = [{'w': jnp.asarray([4.0, 1.0, 2.0, 0.5])},
         ...            {'w': jnp.asarray([4.0, -1.0, 0.1, 0.5])}]
-        >>> print(mj.merge(mj.pcb(0.5, 1.0, clip=0.0), base, experts)['w'])
-        [4. 0. 2. 0.]
+        >>> print(mj.merge(mj.pcb(0.75, 1.0, clip=0.0), base, experts)['w'])
+        [ 4. -1.  2.  0.]
 
     PCB-Merging (Du et al., 2024, arXiv:2410.02396).
     """

@@ -100,7 +100,7 @@ def test_blocks_equal_whole_leaves(name, tiny_blocks):
         trees.close(in_blocks, mj.merge(chain, base, experts, stats=stats), atol=2e-6)
 
 
-def test_sharded_equals_unsharded_and_stays_sharded(name, spec=("d", None)):
+def check_sharded(name, spec):
     chain, base, experts, stats = inputs(name)
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -114,9 +114,13 @@ def test_sharded_equals_unsharded_and_stays_sharded(name, spec=("d", None)):
         assert x.sharding.is_equivalent_to(spread(x).sharding, x.ndim), x.sharding
 
 
+def test_sharded_equals_unsharded_and_stays_sharded(name):
+    check_sharded(name, ("d", None))
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_sharded_by_columns_too(name):
-    test_sharded_equals_unsharded_and_stays_sharded(name, (None, "d"))
+    check_sharded(name, (None, "d"))
 
 
 def test_continual_equals_all_at_once(name):
@@ -251,12 +255,12 @@ def test_other_weights_compile_nothing(compiled):
 # Types --------------------------------------------------------------------------------------------
 
 
-def test_the_type_that_comes_in_goes_out_rounded_once(name, dtype="bfloat16"):
-    chain, base, experts, stats = inputs(name, dtype)
+def test_the_type_that_comes_in_goes_out_rounded_once(name):
+    chain, base, experts, stats = inputs(name, "bfloat16")
     merged = mj.merge(chain, base, experts, stats=stats)
     wide = jax.tree.map(lambda x: x.astype(np.float32), (base, experts))
     exact = mj.merge(chain, *wide, stats=stats)
-    kind = trees.TYPES[dtype]
+    kind = trees.TYPES["bfloat16"]
     assert {x.dtype for x in jax.tree.leaves(merged)} == {np.dtype(kind)}
     trees.equal(merged, jax.tree.map(lambda x: np.asarray(x).astype(kind), exact))
 

@@ -49,8 +49,8 @@ RECIPES: dict[str, Recipe] = {
         {"rate": (0.1, 0.3, 0.5), "density": (0.3, 0.6, 1.0), "scaling": (0.6, 1.0, 1.4)},
     ),
     "lines": Recipe(
-        "ties(density={density})|lines(alpha={alpha}, beta={beta})",
-        {"density": (0.3, 1.0), "alpha": (0.3, 0.6, 1.0), "beta": (0.2, 0.5, 0.9, 1.3)},
+        "task_arithmetic(scaling={scaling})|lines(alpha={alpha}, beta={beta})",
+        {"scaling": (0.4, 0.8), "alpha": (0.3, 0.6, 1.0), "beta": (0.2, 0.5, 0.9, 1.3)},
     ),
     "lines_multi_task": Recipe(
         "task_arithmetic(scaling=1.0)|lines_multi_task(beta={beta})",

@@ -11,7 +11,7 @@ tasks in per cent, seed 0, small copies of the sets (400 to 7,200 training image
 average 39.4, RegMean 41.3, each expert on its own task 48.5, multi-task 53.7. `docs/images.md` has
 the table.
 
-`configs/images.py:runlocal` is a short form, with 850 steps of training in all.
+`configs/images.py:runlocal` is a short form, with 425 steps of training in all.
 """
 
 import ml_collections
@@ -20,7 +20,7 @@ from mergejax import config_args, search
 
 
 def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
-    """Arguments: `methods=ties+lines` (chains, joined by +), `runlocal` (three minutes instead)."""
+    """Arguments: `methods=ties+lines` (chains, joined by +), `runlocal` (minutes instead)."""
     args = config_args.parse(argument, methods=(), runlocal=False)
     config = ml_collections.ConfigDict()
     config.seed = 0
@@ -62,10 +62,10 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
     config.calibration = {"examples": 256, "batch": 64, "estimator": "sampled"}
     config.search = search.grids(limit=4)  # values to try on validation, by method and parameter
     if args.runlocal:
-        config.training.pretrain.steps = 200
-        config.training.heads.steps = 50
-        config.training.finetune.steps = 50
-        config.training.multi_task.steps = 200
+        config.training.pretrain.steps = 100
+        config.training.heads.steps = 25
+        config.training.finetune.steps = 25
+        config.training.multi_task.steps = 100
         config.data.limits = {"train": 1000, "validation": 200, "test": 400}
         config.calibration.examples = 64
         config.search = search.grids(limit=2)

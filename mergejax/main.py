@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # JAX writes entries in place, and a thread that meets one half written compiles it itself.
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
     # Threads of LAPACK's own get into the way of XLA's: small decompositions take 15 times as long.
     threadpoolctl.threadpool_limits(limits=1, user_api="blas")
     book = workdir.Logbook(progress.Printer())

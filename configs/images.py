@@ -11,7 +11,8 @@ tasks in per cent, seed 0, small copies of the sets (400 to 7,200 training image
 average 39.4, RegMean 41.3, each expert on its own task 48.5, multi-task 53.7. `docs/images.md` has
 the table.
 
-`configs/images.py:runlocal` is a short form, with 425 steps of training in all.
+`configs/images.py:runlocal` is a short form: half the model, 425 steps of training, 2 min 47 s on 2
+CPU cores. It shows that everything runs, not what the methods are worth.
 """
 
 import ml_collections
@@ -62,6 +63,7 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
     config.calibration = {"examples": 256, "batch": 64, "estimator": "sampled"}
     config.search = search.grids(limit=4)  # values to try on validation, by method and parameter
     if args.runlocal:
+        config.model.width, config.model.depth = 64, 2
         config.training.pretrain.steps = 100
         config.training.heads.steps = 25
         config.training.finetune.steps = 25

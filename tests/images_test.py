@@ -156,11 +156,14 @@ def test_every_missing_set_gets_its_sentence_and_nothing_is_written(data_dir, tm
         data.load(config, tmp_path, Notes())
     official, other = str(raised.value).splitlines()
     assert official.startswith("task 'mnist': the data set 'mnist' cannot be read in " + data_dir)
+    assert "(it has no folder 'mnist')" in official
     assert "--config.data_dir or TFDS_DATA_DIR" in official
     assert "tfds.data_source('mnist'" in official
     assert "'file_format': 'array_record'" in official
     assert "benchmark.ini.rub.de" in other
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(mj.MergeError, match="nowhere \\(there is no such folder\\)"):
+        data.load(_config(str(tmp_path / "nowhere"), ("mnist",)), tmp_path, Notes())
 
 
 def test_missing_package_is_one_sentence(data_dir, tmp_path, monkeypatch):

@@ -173,7 +173,13 @@ def _open_all(names: Sequence[str], data_dir: str) -> dict[str, dict[str, Any]]:
 
 def _missing(name: str, data_dir: str, reason: Exception) -> str:
     source, folder = SOURCES[name], _folder(data_dir) or "~/tensorflow_datasets"
+    place = pathlib.Path(folder).expanduser()
     lines = str(reason).strip().splitlines() or [type(reason).__name__]
+    why = lines[0].partition(". ")[0][:120].rstrip(".")
+    if not (place / source.builder).is_dir():
+        why = (
+            f"it has no folder '{source.builder}'" if place.is_dir() else "there is no such folder"
+        )
     how = (
         f"write one of the format {FORMAT} with the features 'image' and '{source.label}' from "
         f"the images of {source.origin}"
@@ -183,8 +189,7 @@ def _missing(name: str, data_dir: str, reason: Exception) -> str:
     )
     return (
         f"task '{name}': the data set '{source.builder}' cannot be read in {folder} "
-        f"({lines[0].partition('. ')[0][:120].rstrip('.')}); set --config.data_dir or "
-        f"TFDS_DATA_DIR to the folder that holds it, or {how}"
+        f"({why}); set --config.data_dir or TFDS_DATA_DIR to the folder that holds it, or {how}"
     )
 
 

@@ -37,7 +37,7 @@ _PLACES = {
     "greedy_soup": "soups",
     "stack_layers": "stacking",
 }
-_PACKAGES = ("collect", "compress", "hyper", "lowrank")
+_PACKAGES = ("alignment", "collect", "compress", "hyper", "lowrank")
 
 
 def __getattr__(name: str) -> Any:

@@ -78,6 +78,8 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", default=None, help="replace what stands at --out")
     add("--only", metavar="REGEX", action="append", help="merge these tensors alone")
     add("--exclude", metavar="REGEX", action="append", help="keep the base's for these tensors")
+    add("--vocabulary", metavar="CHOICE", help="rows of other tokens: error, base or union")
+    add("--layers", metavar="A[0:8]", action="append", help="a range of the result's layers")
     add("--strict", action="store_true", default=None, help="warnings are errors")
     add("--mergekit", metavar="FILE.yml", help="a configuration file of mergekit")
     add("--config", metavar="FILE.py", help="a config file; flags and --config.KEY=... come after")
@@ -98,7 +100,7 @@ def _integer(text: str) -> int:
 
 
 _FIELDS = ("weights", "dtype", "seed", "memory", "shard_size", "overwrite", "only", "exclude",
-           "strict")  # fmt: skip
+           "strict", "vocabulary", "layers")  # fmt: skip
 _MODELS = ("method", "base", "experts", "out")
 
 
@@ -195,8 +197,8 @@ def _check(given: argparse.Namespace, extra: Sequence[str]) -> int:
     from mergejax.checkpoints import compare
     from mergejax.checkpoints.job import prepare
 
-    job, problems, notes = prepare(request)
-    forecast = {}
+    job, problems, odd = prepare(request)
+    forecast, notes = {}, list(job.notes) if job is not None else []
     if job is not None:
         from mergejax.checkpoints import forecast as forecasts
         from mergejax.checkpoints import merge
@@ -207,11 +209,13 @@ def _check(given: argparse.Namespace, extra: Sequence[str]) -> int:
     if given.json:
         every: list[Any] = [{"problem": line} for line in problems.lines]
         every += compare.as_json(problems.findings)
-        answer = {"problems": every, "warnings": notes, "forecast": forecast}
+        answer = {"problems": every, "warnings": odd, "notes": notes, "forecast": forecast}
         print(json.dumps(answer, indent=2))
     else:
-        for line in notes:
+        for line in odd:
             print(f"warning: {line}", file=sys.stderr)
+        for line in notes:
+            print(line)
         if forecast:
             print(forecasts.sentence(forecast))
     raise_all([] if given.json else sentences)

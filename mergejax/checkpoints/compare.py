@@ -8,13 +8,11 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from mergejax.checkpoints import vocabulary
 from mergejax.checkpoints.files import Files
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.safetensors import Tensor
 
-_VOCABULARY = re.compile(
-    r"embed_tokens|lm_head|\bwte\b|word_embeddings|shared\.weight|decoder\.bias"
-)
 _QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|SCB|weight_scale(_inv)?|absmax|quant_state.*)$")
 _SAMPLE = 4096  # bytes of each tensor that are compared first
 
@@ -110,9 +108,9 @@ def _against(reference: Model, other: str, expert: Model) -> list[Finding]:
 
 def _shape_finding(owner: str, other: str, name: str, wanted: Tensor, got: Tensor) -> Finding:
     rows = wanted.shape[1:] == got.shape[1:] and wanted.shape and got.shape
-    if rows and _VOCABULARY.search(name):
+    if rows and vocabulary.LEAF.search(name):
         detail = f" of {got.shape[0]} rows instead of {wanted.shape[0]}"
-        advice = "merge models of one vocabulary, or exclude the tensor"
+        advice = "align rows by token with --vocabulary base or union"
         return Finding(owner, "has another vocabulary:", name, detail, advice)
     if wanted.shape == got.shape[::-1]:
         return Finding(
@@ -211,7 +209,7 @@ def transposed(base: Model, experts: Sequence[Model]) -> list[Finding]:
         name
         for name, tensor in base.tensors.items()
         if len(tensor.shape) == 2 and tensor.shape[0] == tensor.shape[1] > 1
-        if is_float(tensor.dtype)
+        if is_float(tensor.dtype) and tensor.rows is None
     ]
     cause = "is nearer to the base's transpose than to the base in"
     advice = "transpose it, if the model was stored in another layout"
@@ -220,7 +218,8 @@ def transposed(base: Model, experts: Sequence[Model]) -> list[Finding]:
             Finding(f"expert '{expert.name}'", cause, name, "", advice)
             for expert in experts
             for name in squares
-            if _looks_transposed(base.tensors[name], expert.tensors[name], files)
+            if expert.tensors[name].rows is None
+            and _looks_transposed(base.tensors[name], expert.tensors[name], files)
         ]
 
 

@@ -30,6 +30,7 @@ class Model:
         tensors: where the values lie, by name.
         config: the model's configuration, empty where it has none.
         sides: small files beside the weights that a copy of the model needs, by name.
+        texts: what stands in the result instead of some of them, or beside them.
         warnings: what looks odd but can be read.
     """
 
@@ -39,6 +40,7 @@ class Model:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sides: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes(self) -> int:

@@ -39,7 +39,8 @@ def output_bytes(job: Job) -> int:
 
 def _speed(job: Job) -> float:
     """Bytes a second that reading an input gives, from a short probe."""
-    tensor = max(job.experts[0].tensors.values(), key=lambda tensor: tensor.bytes)
+    own = [tensor for tensor in job.experts[0].tensors.values() if tensor.rows is None]
+    tensor = max(own, key=lambda tensor: tensor.bytes)
     count = min(_PROBE, tensor.bytes)
     buffer = memoryview(bytearray(2**20))
     started = time.perf_counter()

@@ -13,6 +13,7 @@ from mergejax.checkpoints.compare import Finding
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.request import FLOATS, Request, show_size
 from mergejax.checkpoints.safetensors import Tensor
+from mergejax.checkpoints.views import seen_through_plans
 from mergejax.version import __version__
 
 _CONV1D = {"gpt2", "openai-gpt"}  # kernels are stored [in, out] there
@@ -26,6 +27,7 @@ class Job:
         request: what was asked for.
         base: the base, or None.
         experts: the experts.
+        parents: the models that were opened; base and experts may be put together from them.
         method: the chain.
         plan: which stages each leaf goes through.
         merged: the leaves that the method merges.
@@ -34,11 +36,13 @@ class Job:
         files: the tensors of every file of the result.
         recipe: what the result says about itself; hashes are not known yet.
         warnings: what looks odd.
+        notes: what was done about vocabularies and layers.
     """
 
     request: Request
     base: Model | None
     experts: tuple[Model, ...]
+    parents: tuple[Model, ...]
     method: Any
     plan: Any
     merged: tuple[Any, ...]
@@ -47,16 +51,12 @@ class Job:
     files: Mapping[str, Mapping[str, Tensor]]
     recipe: Mapping[str, Any]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def reference(self) -> Model:
         """The model whose names, settings and types the result takes."""
         return self.experts[0] if self.base is None else self.base
-
-    @property
-    def models(self) -> list[Model]:
-        """The base, if there is one, and the experts."""
-        return [*([] if self.base is None else [self.base]), *self.experts]
 
 
 @dataclasses.dataclass
@@ -86,22 +86,28 @@ def prepare(request: Request) -> tuple[Job | None, Problems, list[str]]:
     """
     problems = Problems()
     models = open_models(request, problems)
-    base, experts = (None, models) if request.base is None else (models[0], models[1:])
-    opened = all(model is not None for model in models)
     warnings = [line for model in models if model is not None for line in model.warnings]
-    if opened:
+    views = None
+    if all(model is not None for model in models):
+        views = problems.attempt(seen_through_plans, request, models)
+    if views is not None:
+        base, experts, notes = views
         problems.findings += compare.differences(base, experts)
         if not problems.findings:
-            warnings += _look_at_values(base, experts, problems)
+            warnings += _look_at_values(request, models, base, experts, problems)
         else:
-            problems.lines += _same_paths(experts)
+            problems.lines += _same_paths(models[request.base is not None :])
     problems.lines += target_problems(request)
     from mergejax.checkpoints.chosen import method_of  # here, for it imports JAX
 
     method = problems.attempt(method_of, request.method, request.weights)
     job = None
-    if opened and method is not None and not problems.findings:
-        job = problems.attempt(_plan, request, base, tuple(experts), method, warnings, problems)
+    if views is not None and method is not None and not problems.findings:
+        job = problems.attempt(_plan, request, base, tuple(experts), method)
+    if job is not None:
+        job = dataclasses.replace(
+            job, parents=tuple(models), warnings=tuple(warnings), notes=tuple(notes)
+        )
     if job is not None:
         problems.lines += _space_problems(job)
     if request.strict:
@@ -134,12 +140,15 @@ def _same_paths(experts: Sequence[Model]) -> list[str]:
     return [f"{path} is given as an expert twice; name each once" for path in sorted(twice)]
 
 
-def _look_at_values(base: Any, experts: Sequence[Model], problems: Problems) -> list[str]:
+def _look_at_values(
+    request: Request, parents: Any, base: Any, experts: Sequence[Model], problems: Problems
+) -> list[str]:
     """What a look at a few values tells: doubles, integers that differ, transposed matrices."""
     from mergejax.leaves import is_counter
 
     reference = experts[0] if base is None else base
-    lines, warnings = compare.doubles(base, experts)
+    own = None if request.base is None else parents[0]
+    lines, warnings = compare.doubles(own, parents[own is not None :])
     problems.lines += lines
     integers = [
         name
@@ -189,14 +198,18 @@ def _space_problems(job: Job) -> list[str]:
 
 
 def predicted_disk(job: Job) -> int:
-    """The bytes of the result; a configuration that is rewritten may differ by a few."""
+    """The bytes of the result."""
     texts = [
         output.recipe_text(job.recipe, output.UNKNOWN),
-        output.card(job.models, job.recipe),
+        output.card(job.parents, job.recipe),
         *([output.index_text(job.files)] if len(job.files) > 1 else []),
     ]
-    sides = sum(path.stat().st_size for path in job.reference.sides.values())
-    return output.file_bytes(job.files, job.recipe) + sides + sum(len(t.encode()) for t in texts)
+    changed = output.side_texts(job.reference, job.recipe["dtype"])
+    texts += changed.values()
+    sides = [p.stat().st_size for n, p in job.reference.sides.items() if n not in changed]
+    return (
+        output.file_bytes(job.files, job.recipe) + sum(sides) + sum(len(t.encode()) for t in texts)
+    )
 
 
 def _plan(
@@ -204,8 +217,6 @@ def _plan(
     base: Model | None,
     experts: tuple[Model, ...],
     method: Any,
-    warnings: Sequence[str],
-    problems: Problems,
 ) -> Job:
     from mergejax.chains import chain, reduces
     from mergejax.checkpoints.chosen import needs_base
@@ -234,9 +245,8 @@ def _plan(
     files = output.shards(types, request.shard_size)
     recipe = make_recipe(request, base, experts, method, reads_base)
     return Job(
-        request, base, experts, method, plan, merged, copied, reads_base, files, recipe,
-        tuple(warnings),
-    )  # fmt: skip
+        request, base, experts, (), method, plan, merged, copied, reads_base, files, recipe, (), ()
+    )
 
 
 def _describe(request: Request, reference: Model) -> list[Any]:
@@ -283,4 +293,6 @@ def make_recipe(
         "dtype": request.dtype,
         "only": list(request.only),
         "exclude": list(request.exclude),
+        "vocabulary": request.vocabulary,
+        "layers": [[source.label for source in sources] for sources in request.layers],
     }

@@ -113,6 +113,8 @@ def run(job: Job, reporter: Reporter) -> None:
     assert out is not None
     for line in job.warnings:
         reporter.log(f"warning: {line}")
+    for line in job.notes:
+        reporter.log(line)
     if not _is_free(out) and _is_done(job):
         reporter.log(f"{out} holds this very merge already; nothing to do")
         return
@@ -172,7 +174,7 @@ def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:
     finally:
         runner.close()
     result = _result_hash(works, memory.done)
-    output.write_sides(job.reference, job.models, staging.files, recipe, result)
+    output.write_sides(job.reference, job.parents, staging.files, recipe, result)
     staging.publish()
     seconds = time.monotonic() - started
     moved = total + output.file_bytes(job.files, job.recipe)
@@ -184,7 +186,7 @@ def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:
 
 def _identity(job: Job) -> dict[str, Any]:
     """What must be the same for an interrupted merge to be continued."""
-    sources = [[str(model.path.resolve()), sorted(_files(model))] for model in job.models]
+    sources = [[str(model.path.resolve()), sorted(_files(model))] for model in job.parents]
     sizes = [[os.stat(file).st_size for file in files] for _, files in sources]
     return {"recipe": job.recipe, "inputs": [path for path, _ in sources], "bytes": sizes,
             "shard_size": job.request.shard_size}  # fmt: skip
@@ -192,8 +194,7 @@ def _identity(job: Job) -> dict[str, Any]:
 
 def _files(model: Model) -> set[str]:
     """All files that a model's values come from."""
-    parts = [part for t in model.tensors.values() for part in (t, t.product) if part is not None]
-    return {str(part.path) for part in parts}
+    return {str(path) for tensor in model.tensors.values() for path in tensor.paths}
 
 
 def _with_hashes(

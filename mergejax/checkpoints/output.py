@@ -12,7 +12,7 @@ import numpy as np
 
 from mergejax.checkpoints import safetensors
 from mergejax.checkpoints.files import Files
-from mergejax.checkpoints.folder import CONFIG, INDEX, SINGLE, Model
+from mergejax.checkpoints.folder import CONFIG, INDEX, SINGLE, Model, read_json
 from mergejax.checkpoints.safetensors import Tensor
 
 RECIPE = "mergejax.json"
@@ -133,17 +133,27 @@ def write_sides(
     result: str,
 ) -> None:
     """Copies the reference's side files; writes the recipe and the card."""
+    texts = side_texts(reference, recipe["dtype"])
     for name, source in reference.sides.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    if recipe["dtype"] and reference.config:
-        config = dict(reference.config)
-        known = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
-        config |= dict.fromkeys(known, recipe["dtype"])
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if name not in texts:
+            shutil.copyfile(source, target)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     (folder / RECIPE).write_text(recipe_text(recipe, result), encoding="utf-8")
     (folder / CARD).write_text(card(models, recipe), encoding="utf-8")
+
+
+def side_texts(reference: Model, dtype: str | None) -> dict[str, str]:
+    """The side files that are not the reference's own: those of a plan, a changed configuration."""
+    texts, config = dict(reference.texts), dict(reference.config)
+    if dtype and config:
+        known = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
+        config |= dict.fromkeys(known, dtype)
+    if CONFIG in reference.sides and config != read_json(reference.sides[CONFIG]):
+        texts[CONFIG] = json.dumps(config, indent=2) + "\n"
+    return texts
 
 
 def licence_of(model: Model) -> str:

@@ -96,6 +96,9 @@ def read_piece(
     tensor: Tensor, piece: tuple[int, int], source: Files, buffers: Buffers, key: Any
 ) -> np.ndarray:
     """The elements of a piece, flat; they are overwritten when `key` is used again."""
+    if tensor.rows is not None:
+        look = lambda t, start, stop, i: read_piece(t, (start, stop), source, buffers, (key, i))
+        return tensor.rows.read(*piece, tensor.dtype, look)
     place = section(tensor, *piece)
     buffer = buffers.take(key, place.bytes)
     source.read_into(place.path, place.offset, buffer)

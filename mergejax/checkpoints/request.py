@@ -7,9 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from mergejax.checkpoints.layers import Ranges, read_layers
 from mergejax.checkpoints.safetensors import DTYPES
-from mergejax.errors import did_you_mean, raise_all
+from mergejax.errors import MergeError, did_you_mean, raise_all
 
+VOCABULARIES = ("error", "base", "union")
 FORMATS = ("safetensors",)
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": base**power
@@ -37,6 +39,8 @@ class Request:
         overwrite: whether a target that holds something else is replaced.
         only, exclude: regular expressions of the leaves that are, or are not, merged.
         strict: whether warnings are errors.
+        vocabulary: what is done about vocabularies that differ: 'error', 'base' or 'union'.
+        layers: of which models the layers of the result are; empty for all layers of all.
     """
 
     base: pathlib.Path | None
@@ -52,6 +56,8 @@ class Request:
     only: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     strict: bool = False
+    vocabulary: str = "error"
+    layers: Ranges = ()
 
 
 def make_request(
@@ -69,6 +75,8 @@ def make_request(
     only: Any = (),
     exclude: Any = (),
     strict: bool = False,
+    vocabulary: Any = "error",
+    layers: Any = (),
 ) -> Request:
     """Checks the options one by one and puts them into a `Request`.
 
@@ -88,6 +96,14 @@ def make_request(
     if dtype is not None and dtype not in FLOATS:
         near = did_you_mean(str(dtype), FLOATS)
         problems.append(f"dtype: {dtype!r} is no floating-point type, {near}")
+    if vocabulary not in VOCABULARIES:
+        near = did_you_mean(str(vocabulary), VOCABULARIES)
+        problems.append(f"vocabulary: {vocabulary!r} is no choice, {near}")
+    ranges: Ranges = ()
+    try:
+        ranges = read_layers(layers)
+    except MergeError as error:
+        problems += str(error).splitlines()
     sizes = []
     for name, value in (("memory", memory), ("shard_size", shard_size)):
         try:
@@ -110,6 +126,8 @@ def make_request(
         _patterns(only),
         _patterns(exclude),
         bool(strict),
+        vocabulary,
+        ranges,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from mergejax.checkpoints.rows import Rows
 from mergejax.errors import MergeError, did_you_mean, raise_all, some
 
 # From the widest to the narrowest: the order in which the reference writer lays tensors out.
@@ -66,6 +67,8 @@ class Tensor(NamedTuple):
         shape: of the tensor.
         offset: of its first byte in the file.
         product: an adapter's part, added when the values are read, or None.
+        rows: the parts of other tensors that this one consists of, or None; path and offset are
+            then those of its first part.
     """
 
     path: pathlib.Path
@@ -73,6 +76,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     product: Product | None = None
+    rows: Rows | None = None
 
     @property
     def size(self) -> int:
@@ -86,6 +90,13 @@ class Tensor(NamedTuple):
     @property
     def bytes(self) -> int:
         return self.size * self.dtype.itemsize
+
+    @property
+    def paths(self) -> set[pathlib.Path]:
+        """The files that the values come from."""
+        if self.rows is not None:
+            return self.rows.paths
+        return {self.path} if self.product is None else {self.path, self.product.path}
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,13 +1,10 @@
 """Time and memory of a call: the fastest of several runs, and the peak of anonymous memory."""
 
-import contextlib
-import pathlib
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-INTERVAL = 0.002  # seconds between two looks at the memory
+from mergejax.eval.memory import anonymous, watched
 
 
 class Cost(NamedTuple):
@@ -16,29 +13,6 @@ class Cost(NamedTuple):
     seconds: float
     before: int
     peak: int
-
-
-def anonymous() -> int:
-    """Anonymous resident memory of this process in bytes."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[list[int]]:
-    """Notes the peak of the anonymous memory while the body runs."""
-    peak, stop = [anonymous()], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(INTERVAL):
-            peak[0] = max(peak[0], anonymous())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    yield peak
-    stop.set()
-    thread.join()
 
 
 def cost(call: Callable[[], Any], repeats: int) -> Cost:

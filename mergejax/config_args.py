@@ -1,5 +1,7 @@
 """Arguments of a config file: what stands behind the colon of `--config=configs/x.py:arguments`."""
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -76,3 +78,19 @@ def parse(argument: str | None, **defaults: Any) -> ml_collections.ConfigDict:
             found[name] = _read(name, text, defaults[name]) if equals else True
     errors.raise_all(problems)
     return ml_collections.ConfigDict(found)
+
+
+def chosen(name: str, value: str, known: Mapping[str, Any]) -> Any:
+    """A copy of the entry that an argument names.
+
+    Raises:
+        MergeError: there is no such entry.
+
+    Example:
+        >>> chosen("model", "small", {"small": {"width": 8}})
+        {'width': 8}
+    """
+    if value not in known:
+        hint = errors.did_you_mean(value, known)
+        raise errors.MergeError(f"config argument {name}={value}: there is no such {name}, {hint}")
+    return copy.deepcopy(known[value])

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mergejax import calibration, data, errors, preflight, train, trial, workdir
+from mergejax import calibration, data, errors, preflight, search, train, trial, workdir
 from mergejax.checkpoints import fingerprint, orbax
-from mergejax.eval import report, tables
-from mergejax.models import vit
+from mergejax.eval import conflict, report, tables
+from mergejax.models import bodies
 from mergejax.preflight import Job
 
 Tree = Any
@@ -53,19 +53,49 @@ def run(
     planned, left_out = preflight.plan(config)
     fingerprint.check(config, folder)
     tasks = data.load(config, folder, book)
-    fingerprint.check(config, folder, tasks)
-    job = preflight.job(config, folder, tasks, book)
+    held_out = data.held_out(config, folder, book)
+    fingerprint.check(config, folder, {**tasks, **held_out})
+    job = preflight.job(config, folder, tasks, book, held_out)
     preflight.check(job, planned)
     book.keep(folder / LOG)
     fingerprint.write_json(folder / CONFIG, _shown(config, origin))
     missing, notes = preflight.pending(job, planned)
     with preflight.compiling(job, missing) as compiled:
-        trained = train.train_all(config, tasks, folder, book)
+        trained = train.train_all(config, tasks, folder, book, held_out)
         for sentence in (*left_out, *notes):
             book.log(sentence)
         trial.marks(job, trained)
         trial.merges(job, trained, missing, compiled)
-    return _finish(job, trained)
+    return _finish(job, trained, _scaling(job, trained))
+
+
+def _scaling(job: Job, trained: train.Trained) -> dict[str, dict[str, float]]:
+    """Merges fewer experts, as `config.scaling` says; by number and method the normalised accuracy.
+
+    Hyper-parameters are searched anew for every number of experts.
+    """
+    asked = job.config.get("scaling", {"counts": (), "methods": ()})
+    known = workdir.read_records(job.results)
+    found: dict[str, dict[str, float]] = {}
+    for count in asked["counts"]:
+        few = preflight.fewer(job, count)
+        planned = {
+            name: search.settings(name, job.config.search, count) for name in asked["methods"]
+        }
+        missing, _ = preflight.pending(few, planned)
+        with preflight.compiling(few, missing) as compiled:
+            trial.merges(few, trained, missing, compiled)
+        records = workdir.read_records(few.results)
+        own = {
+            name: report.decode(known[f"expert_{name}"]["test"][name]).mean() for name in few.tasks
+        }
+        found[str(count)] = {
+            name: float(
+                np.mean([report.decode(records[name]["test"][t]).mean() / own[t] for t in own])
+            )
+            for name in planned
+        }
+    return found
 
 
 def _shown(config: ml_collections.ConfigDict, origin: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +111,9 @@ def _shown(config: ml_collections.ConfigDict, origin: Mapping[str, Any]) -> dict
     return json.loads(text)
 
 
-def _finish(job: Job, trained: train.Trained) -> dict[str, Any]:
+def _finish(
+    job: Job, trained: train.Trained, scaling: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
     """Writes results, pictures, the best merge and the report."""
     known = {
         name: {"labels": task.labels, "validation": len(task.validation), "test": len(task.test)}
@@ -89,8 +121,10 @@ def _finish(job: Job, trained: train.Trained) -> dict[str, Any]:
     }
     # Only the digits show one set of scans to all tasks; image sets are separate.
     shared = job.config.data.suite == "digits"
-    results = report.summarise(workdir.read_records(job.folder), known, shared)
+    results = report.summarise(workdir.read_records(job.results), known, shared)
     results["training"] = trained.log
+    results["scaling"] = scaling
+    results["conflict"] = conflict.by_block(trained.base, list(trained.experts.values()))
     _keep_best(job, trained, results)
     names = _pictures(job, trained, results)
     results = json.loads(json.dumps(results))
@@ -227,11 +261,10 @@ def load(folder: str | pathlib.Path) -> Best:
     if not chain or not results:
         raise errors.MergeError(f"{folder} holds no finished run; run mergejax.main first")
     model = fingerprint.read_json(folder / CONFIG)["config"]["model"]
-    model = {name: tuple(v) if isinstance(v, list) else v for name, v in model.items()}
     with np.load(folder / "samples.npz") as samples:
         return Best(
             chain=chain,
-            model=vit.VisionTransformer(**model),
+            model=bodies.build(model),
             params=orbax.restore(folder / workdir.BEST),
             heads=orbax.restore(folder / fingerprint.FOLDER / "heads"),
             labels={name: list(task["labels"]) for name, task in results["tasks"].items()},

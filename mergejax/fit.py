@@ -7,6 +7,7 @@ other labels and other numbers of images share a compilation.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 
 from mergejax.data.task import Split
 
@@ -34,6 +36,7 @@ class Settings:
         warmup: share of the steps over which the learning rate rises; then it falls as a cosine.
         weight_decay: decoupled, as a multiple of the learning rate (AdamW).
         shift: each image is moved by up to so many pixels either way, at random, edges repeated.
+        rank: of adapters, where these are trained.
     """
 
     steps: int
@@ -42,6 +45,7 @@ class Settings:
     warmup: float = 0.1
     weight_decay: float = 0.01
     shift: int = 0
+    rank: int = 0
 
 
 class Batch(NamedTuple):
@@ -121,7 +125,8 @@ def _chunk(
 
     def loss(trained: Tree, batch: Batch) -> jax.Array:
         params = {**frozen, **trained}
-        features = model.apply({"params": params["body"]}, batch.images)
+        body = adapted(params["body"], params["adapters"])
+        features = model.apply({"params": body}, batch.images)
         every = jnp.einsum("nw,pwc->npc", features, params["heads"]["kernel"])
         every = every + params["heads"]["bias"][None]
         logits = jnp.take_along_axis(every, batch.problems[:, None, None], axis=1)[:, 0]
@@ -137,6 +142,49 @@ def _chunk(
 
     (trained, state), losses = jax.lax.scan(step, (trained, state), (batches, rates))
     return trained, state, losses
+
+
+def adapters(body: Tree, rank: int, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    """Draws low-rank factors for every kernel of a body, whose product is zero at the start.
+
+    Args:
+        body: tree with kernels [..., out]; all axes but the last count as one.
+        rank: of the factors; at most the smaller side of a kernel.
+        key: of the draw.
+
+    Returns:
+        By the kernel's name `down` [in, rank] and `up` [rank, out].
+
+    Example:
+        >>> drawn = adapters({"dense": {"kernel": jnp.zeros([4, 3])}}, 2, jax.random.key(0))
+        >>> {name: [x.shape for x in pair.values()] for name, pair in drawn.items()}
+        {'dense/kernel': [(4, 2), (2, 3)]}
+
+    Source: Hu et al. 2021, arXiv:2106.09685.
+    """
+    found = {}
+    for i, (name, leaf) in enumerate(traverse_util.flatten_dict(body, sep="/").items()):
+        if name.rpartition("/")[2] == "kernel":
+            rows, columns = math.prod(leaf.shape[:-1]), leaf.shape[-1]
+            width = min(rank, rows, columns)
+            down = jax.random.normal(jax.random.fold_in(key, i), (rows, width)) * rows**-0.5
+            found[name] = {"down": down, "up": jnp.zeros((width, columns))}
+    return found
+
+
+def adapted(body: Tree, factors: Mapping[str, Mapping[str, jax.Array]]) -> Tree:
+    """Adds the products of `adapters` to a body.
+
+    Example:
+        >>> body = {"dense": {"kernel": jnp.zeros([2, 2])}}
+        >>> pair = {"down": jnp.ones([2, 1]), "up": jnp.ones([1, 2])}
+        >>> adapted(body, {"dense/kernel": pair})["dense"]["kernel"].tolist()
+        [[1.0, 1.0], [1.0, 1.0]]
+    """
+    leaves = traverse_util.flatten_dict(body, sep="/")
+    for name, pair in factors.items():
+        leaves[name] = leaves[name] + (pair["down"] @ pair["up"]).reshape(leaves[name].shape)
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def moved(images: np.ndarray, shift: int, generator: np.random.Generator) -> np.ndarray:
@@ -216,7 +264,8 @@ def fit(
         settings: steps, batch size, learning rate.
         seed: of the order of the images.
         classes: number of classes that heads are padded to; equal numbers share a compilation.
-        parts: what is trained, of 'body' and 'heads'; the other stays as it is.
+        parts: what is trained, of 'body', 'heads' and 'adapters' (low-rank factors, which are
+            added to the body in the end); the rest stays as it is.
         advance: told the number of steps after each chunk.
 
     Returns:
@@ -224,7 +273,11 @@ def fit(
     """
     names = list(splits)
     stacked = stack_heads([heads[name] for name in names], classes)
-    params = {"body": body, "heads": stacked}
+    factors = {}
+    if "adapters" in parts:
+        key = jax.random.key(np.random.default_rng(list(seed)).integers(2**31))
+        factors = adapters(body, settings.rank, key)
+    params = {"body": body, "heads": stacked, "adapters": factors}
     trained = {part: params.pop(part) for part in parts}
     state = _direction(settings.weight_decay).init(trained)
     rates, decay = learning_rates(settings), jnp.float32(settings.weight_decay)
@@ -239,4 +292,5 @@ def fit(
         advance(steps)
     params |= trained
     separate = _unstack(params["heads"], [heads[name] for name in names])
-    return params["body"], dict(zip(names, separate, strict=True)), np.concatenate(losses)
+    body = adapted(params["body"], params["adapters"]) if factors else params["body"]
+    return body, dict(zip(names, separate, strict=True)), np.concatenate(losses)

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     import scipy.linalg  # noqa: F401, so that the library below is loaded
     import threadpoolctl
 
-    from mergejax import experiment, progress, workdir
+    from mergejax import experiment, progress, suite, workdir
     from mergejax.eval import tables
 
     logging.set_verbosity(logging.ERROR)  # other libraries tell every step of a checkpoint
@@ -56,6 +56,9 @@ def main(arguments: Sequence[str]) -> None:
         "argument": _split_config(sys.argv[1:])[1],
         "overrides": config_flags.get_override_values(flag),
     }
+    if "seeds" in CONFIG.value:
+        print(suite.closing(suite.run(CONFIG.value, folder, book, origin), folder.as_posix()))
+        return
     results = experiment.run(CONFIG.value, folder, book, origin)
     tables.show(results, sys.stdout)
     if results["verdict"]:

@@ -13,14 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_collections
 from flax import traverse_util
 
 from mergejax import api, calibration, errors, registry, search, train, workdir
+from mergejax.data import corrupt
 from mergejax.data.task import Task
 from mergejax.eval import predict
-from mergejax.models import vit
+from mergejax.models import bodies
 from mergejax.progress import Reporter
 
 Tree = Any
@@ -36,26 +38,42 @@ class Job:
     Attributes:
         config: the whole config.
         folder: the workdir.
+        results: folder of the records.
         tasks: by name; the experts have the same names and order.
+        held_out: by name, the tasks that have a head and no expert.
         model: the module of every body.
         base: shapes and dtypes of a body's parameters.
-        head: of all tasks' heads side by side.
+        head: of all tasks' heads side by side, those of held-out tasks last.
         stats: of each statistic of one expert, by its name.
         validation: the validation images of all tasks; values are chosen on them.
         test: the test images of all tasks; nothing is chosen on them.
+        exams: by name, more images that every model is measured on: of held-out tasks, corrupted.
         reporter: told what is going on.
     """
 
     config: ml_collections.ConfigDict
     folder: pathlib.Path
+    results: pathlib.Path
     tasks: dict[str, Task]
-    model: vit.VisionTransformer
+    held_out: dict[str, Task]
+    model: nn.Module
     base: Tree
     head: Tree
     stats: dict[str, Tree]
     validation: predict.Bundle
     test: predict.Bundle
+    exams: dict[str, predict.Bundle]
     reporter: Reporter
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks in the order of the heads, held-out ones last."""
+        return [*self.tasks, *self.held_out]
+
+    @property
+    def examined(self) -> dict[str, int]:
+        """Number of images of each exam."""
+        return {name: len(images.labels) for name, images in self.exams.items()}
 
 
 def plan(config: ml_collections.ConfigDict) -> tuple[Plan, list[str]]:
@@ -92,6 +110,7 @@ def job(
     folder: pathlib.Path,
     tasks: dict[str, Task],
     reporter: Reporter,
+    held_out: Mapping[str, Task] | None = None,
 ) -> Job:
     """Puts together what is known before training.
 
@@ -99,10 +118,13 @@ def job(
         MergeError: a model that cannot be built.
     """
     image = next(iter(tasks.values())).train.images.shape[1:]
-    classes = {name: len(task.labels) for name, task in tasks.items()}
+    every = {**tasks, **(held_out or {})}
+    classes = {name: len(task.labels) for name, task in every.items()}
     try:
-        model = vit.VisionTransformer(**config.model)
+        model = bodies.build(config.model)
         base, heads = jax.eval_shape(lambda: train.initial(model, image, classes, config.seed))
+    except errors.MergeError:
+        raise
     except (TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise errors.MergeError(f"config.model cannot be built: {reason}") from error
@@ -113,21 +135,76 @@ def job(
         if path[-1] == "kernel"
     }
 
-    def joined(part: str) -> predict.Bundle:
-        splits = [getattr(task, part) for task in tasks.values()]
-        return predict.bundle(splits, list(classes.values()))
-
     return Job(
         config=config,
         folder=folder,
+        results=folder / workdir.RESULTS,
         tasks=tasks,
         model=model,
         base=base,
-        head=jax.eval_shape(lambda heads: predict.join_heads(heads, list(tasks)), heads),
+        head=jax.eval_shape(lambda heads: predict.join_heads(heads, list(every)), heads),
+        held_out=dict(held_out or {}),
         stats={"fisher": base, "gram": traverse_util.unflatten_dict(grams)},
-        validation=joined("validation"),
-        test=joined("test"),
+        validation=predict.bundle([t.validation for t in tasks.values()], list(classes.values())),
+        test=predict.bundle([t.test for t in tasks.values()], list(classes.values())),
+        exams=_exams(config, tasks, held_out or {}, list(classes.values())),
         reporter=reporter,
+    )
+
+
+def _exams(
+    config: ml_collections.ConfigDict,
+    tasks: Mapping[str, Task],
+    held_out: Mapping[str, Task],
+    classes: Sequence[int],
+) -> dict[str, predict.Bundle]:
+    """The images of held-out tasks, and of the tasks themselves, corrupted as the config says."""
+    found = {}
+    if held_out:
+        splits = [task.test for task in held_out.values()]
+        found["held_out"] = predict.bundle(splits, classes, skipped=len(tasks))
+    asked = config.get("robustness", {"corruptions": (), "images": None})
+    errors.raise_all(
+        [
+            f"config.robustness.corruptions: there is no corruption '{kind}', "
+            f"{errors.did_you_mean(kind, corrupt.CORRUPTIONS)}"
+            for kind in asked["corruptions"]
+            if kind not in corrupt.CORRUPTIONS
+        ]
+    )
+    for kind in asked["corruptions"]:
+        splits = [
+            corrupt.corrupted(task.test, kind, config.seed, asked["images"])
+            for task in tasks.values()
+        ]
+        found[kind] = predict.bundle(splits, classes)
+    return found
+
+
+def fewer(run: Job, count: int) -> Job:
+    """The same job with fewer experts, its records apart.
+
+    Args:
+        run: with at least so many tasks.
+        count: how many. They follow one another in the order of the tasks, from a place that the
+            seed gives, so that several seeds see several choices.
+    """
+    every = list(run.tasks)
+    kept = [every[(run.config.seed + i) % len(every)] for i in range(count)]
+    tasks = {name: run.tasks[name] for name in every if name in kept}
+    classes = [len(task.labels) for task in tasks.values()]
+    rows = sum(classes)
+    return dataclasses.replace(
+        run,
+        results=run.folder / f"{workdir.RESULTS}_of_{count}",
+        tasks=tasks,
+        held_out={},
+        head=jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-1], rows), leaf.dtype), run.head
+        ),
+        validation=predict.bundle([t.validation for t in tasks.values()], classes),
+        test=predict.bundle([t.test for t in tasks.values()], classes),
+        exams={},
     )
 
 
@@ -169,7 +246,7 @@ def check(run: Job, planned: Plan) -> None:
 
 def pending(run: Job, planned: Plan) -> tuple[Plan, list[str]]:
     """What of a plan the workdir does not hold yet, and sentences about what it holds."""
-    known = workdir.read_records(run.folder)
+    known = workdir.read_records(run.results)
     missing: Plan = {}
     reused, notes = [], []
     for name, chains in planned.items():
@@ -188,6 +265,7 @@ def pending(run: Job, planned: Plan) -> tuple[Plan, list[str]]:
 def _former(run: Job, known: Mapping[str, Record], name: str, chains: list[str]) -> str | None:
     """The name of the record that holds a method already, or None."""
     calibrated = calibration.noted(run.config.calibration, needs(chains[:1]))
+    known = {n: r for n, r in known.items() if r.get("examined") == run.examined}
     if name in known:
         same = (known[name]["settings"], known[name]["calibration"]) == (chains, calibrated)
         return name if same else None

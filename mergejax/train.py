@@ -24,8 +24,8 @@ import numpy as np
 
 from mergejax import data, fit
 from mergejax.checkpoints import fingerprint, orbax
-from mergejax.data.task import Split, Task
-from mergejax.models import vit
+from mergejax.data.task import Split, Task, joined
+from mergejax.models import bodies
 from mergejax.progress import Reporter
 
 Tree = Any
@@ -69,7 +69,7 @@ def logits(model: nn.Module, body: Tree, head: Tree, images: jax.Array) -> jax.A
         float32 [n, classes].
 
     Example:
-        >>> model = vit.VisionTransformer(patch=4, width=16, depth=1, heads=2)
+        >>> model = bodies.build(dict(patch=4, width=16, depth=1, heads=2))
         >>> body, heads = initial(model, (8, 8, 1), {"digit": 10}, seed=0)
         >>> logits(model, body, heads["digit"], jnp.zeros([3, 8, 8, 1])).shape
         (3, 10)
@@ -110,6 +110,7 @@ class _Run:
 
     config: ml_collections.ConfigDict
     tasks: Mapping[str, Task]
+    every: Mapping[str, Task]  # those without an expert, too
     model: nn.Module
     folder: pathlib.Path
     reporter: Reporter
@@ -121,6 +122,7 @@ def train_all(
     tasks: Mapping[str, Task],
     workdir: str | pathlib.Path,
     reporter: Reporter,
+    held_out: Mapping[str, Task] | None = None,
 ) -> Trained:
     """Trains what is missing in the workdir and restores the rest.
 
@@ -133,6 +135,7 @@ def train_all(
         tasks: by name; all images of one shape.
         workdir: where checkpoints are kept.
         reporter: told what is trained, what is reused, and how far it is.
+        held_out: tasks that get a head and no expert.
 
     Returns:
         The trained models.
@@ -141,10 +144,11 @@ def train_all(
         MergeError: if the workdir's checkpoints come from other data, models or training, before
             anything is written; or if one of them is damaged.
     """
-    fingerprint.claim(config, workdir, tasks)
+    every = {**tasks, **(held_out or {})}
+    fingerprint.claim(config, workdir, every)
     folder = pathlib.Path(workdir) / fingerprint.FOLDER
-    model = vit.VisionTransformer(**config.model)
-    run = _Run(config, tasks, model, folder, reporter, fingerprint.read_json(folder / LOG))
+    model = bodies.build(config.model)
+    run = _Run(config, tasks, every, model, folder, reporter, fingerprint.read_json(folder / LOG))
     heads, base = _kept(run, ["heads", "base"], lambda: _pretrain(run))
     experts = {}
     for name in tasks:
@@ -196,7 +200,7 @@ def _fit(
             settings,
             seed=[run.config.seed, zlib.crc32(name.encode())],
             classes=max(
-                *(len(task.labels) for task in run.tasks.values()),
+                *(len(task.labels) for task in run.every.values()),
                 *(head["bias"].shape[0] for head in heads.values()),
             ),
             parts=parts,
@@ -217,29 +221,35 @@ def _pretrain(run: _Run) -> list[Tree]:
     Heads that pre-training does not teach are trained on the tasks afterwards, with the base as
     it is.
     """
-    splits = data.pretraining(run.config, run.tasks, run.folder.parent, run.reporter)
+    splits = data.pretraining(run.config, run.every, run.folder.parent, run.reporter)
     shape = next(iter(splits.values())).images.shape[1:]
     classes = {name: int(split.labels.max()) + 1 for name, split in splits.items()}
-    classes |= {task.head: len(task.labels) for task in run.tasks.values()}
+    classes |= {task.head: len(task.labels) for task in run.every.values()}
     body, heads = initial(run.model, shape, classes, run.config.seed)
     taught = {name: heads[name] for name in splits}
     body, taught = _fit(run, "pretrain", "base", body, taught, splits)
     heads |= taught
-    untaught = {task.head: task.train for task in run.tasks.values() if task.head not in taught}
+    untaught: dict[str, Split] = {}
+    for task in run.every.values():
+        if task.head not in taught:
+            known = untaught.get(task.head)
+            untaught[task.head] = task.train if known is None else joined(known, task.train)
     if untaught:
         new = {name: heads[name] for name in untaught}
         heads |= _fit(run, "heads", "heads", body, new, untaught, parts=("heads",))[1]
-    return [{task.name: heads[task.head] for task in run.tasks.values()}, body]
+    return [{task.name: heads[task.head] for task in run.every.values()}, body]
 
 
 def _fine_tune(run: _Run, name: str, base: Tree, heads: Mapping[str, Tree]) -> list[Tree]:
     """Returns the body of one expert."""
     splits, own = {name: run.tasks[name].train}, {name: heads[name]}
-    return [_fit(run, "finetune", f"experts/{name}", base, own, splits, parts=("body",))[0]]
+    part = "adapters" if run.config.training.finetune.get("rank", 0) else "body"
+    return [_fit(run, "finetune", f"experts/{name}", base, own, splits, parts=(part,))[0]]
 
 
 def _train_jointly(run: _Run, base: Tree, heads: Mapping[str, Tree]) -> list[Tree]:
     """Returns the heads by task and the body of the multi-task model."""
     splits = {name: task.train for name, task in run.tasks.items()}
-    body, heads = _fit(run, "multi_task", "multi_task", base, heads, splits)
+    own = {name: heads[name] for name in run.tasks}
+    body, heads = _fit(run, "multi_task", "multi_task", base, own, splits)
     return [heads, body]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mergejax import api, calibration, search, train, workdir
-from mergejax.eval import predict, report
+from mergejax.eval import memory, predict, report
 from mergejax.preflight import Compiled, Job, Plan, Record, Tree, needs
 
 Right = Callable[[predict.Bundle], jax.Array]
@@ -20,9 +20,8 @@ Stats = Mapping[str, Sequence[Tree]]
 
 def marks(job: Job, trained: train.Trained) -> None:
     """Measures what merges are compared with: base, experts, ensemble, multi-task training."""
-    names = list(job.tasks)
-    head = predict.join_heads(trained.heads, names)
-    wide = predict.join_heads(trained.multi_task_heads, names)
+    head = predict.join_heads(trained.heads, job.names)
+    wide = predict.join_heads({**trained.heads, **trained.multi_task_heads}, job.names)
 
     def one(body: Tree, head: Tree) -> Right:
         return lambda images: predict.right(job.model, body, head, images)
@@ -31,22 +30,29 @@ def marks(job: Job, trained: train.Trained) -> None:
         return predict.ensemble_right(job.model, list(trained.experts.values()), head, images)
 
     measured: dict[str, tuple[Record, Right]] = {
-        "base": ({"kind": "base"}, one(trained.base, head)),
+        "base": ({"kind": "base", **_stored(trained.base)}, one(trained.base, head)),
         **{
-            f"expert_{name}": ({"kind": "expert", "task": name}, one(body, head))
+            f"expert_{name}": ({"kind": "expert", "task": name, **_stored(body)}, one(body, head))
             for name, body in trained.experts.items()
         },
-        "ensemble": ({"kind": "ensemble"}, together),
-        "multi_task": ({"kind": "multi_task"}, one(trained.multi_task, wide)),
+        "ensemble": ({"kind": "ensemble", **_stored(trained.experts)}, together),
+        "multi_task": (
+            {"kind": "multi_task", **_stored(trained.multi_task)},
+            one(trained.multi_task, wide),
+        ),
     }
-    known = workdir.read_records(job.folder)
-    missing = {name: made for name, made in measured.items() if name not in known}
+    known = workdir.read_records(job.results)
+    missing = {
+        name: made
+        for name, made in measured.items()
+        if name not in known or known[name].get("examined") != job.examined
+    }
     if not missing:
         job.reporter.log(f"base, experts and upper marks: reused {len(measured)} evaluations")
         return
     with job.reporter.progress("evaluate base, experts and upper marks", len(missing)) as advance:
         for name, (facts, right) in missing.items():
-            workdir.write_record(job.folder, {"name": name, **facts, **_accuracy(job, right)})
+            workdir.write_record(job.results, {"name": name, **facts, **_accuracy(job, right)})
             advance(1)
 
 
@@ -68,7 +74,7 @@ def merges(job: Job, trained: train.Trained, missing: Plan, compiled: Compiled) 
         for name, chains in missing.items():
             programs = compiled[name].result() if name in compiled else []
             record = _merge(job, trained, name, chains, programs, stats, advance)
-            workdir.write_record(job.folder, record)
+            workdir.write_record(job.results, record)
             job.reporter.log(_told(record))
 
 
@@ -103,7 +109,7 @@ def _merge(
     advance: Callable[[int], object],
 ) -> Record:
     """Chooses a setting on validation, merges by it with the usual executor, and tests that."""
-    head = predict.join_heads(trained.heads, list(job.tasks))
+    head = predict.join_heads(trained.heads, job.names)
     chosen, searched = 0, None
     if programs:
         found = search.search(
@@ -125,9 +131,12 @@ def _merge(
     else:
         advance(1)
     merged(job, trained, chains[chosen], stats)  # compiles
-    started = time.perf_counter()
-    body = jax.block_until_ready(merged(job, trained, chains[chosen], stats))
-    seconds = time.perf_counter() - started
+    memory.give_back()
+    before = memory.anonymous()
+    with memory.watched() as peak:
+        started = time.perf_counter()
+        body = jax.block_until_ready(merged(job, trained, chains[chosen], stats))
+        seconds = time.perf_counter() - started
     advance(1)
     return {
         "name": name,
@@ -138,22 +147,36 @@ def _merge(
         "search": searched,
         "calibration": calibration.noted(job.config.calibration, needs(chains[:1])),
         "seconds": round(seconds, 4),
+        "peak_bytes": peak[0] - before if peak and before is not None else None,
+        **_stored(body),
         **_accuracy(job, lambda images: predict.right(job.model, body, head, images)),
     }
 
 
+def _stored(models: Tree) -> Record:
+    """Bytes of the bodies that a model consists of."""
+    return {
+        "stored_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(models))
+    }
+
+
 def _accuracy(job: Job, right: Right) -> Record:
-    """Validation accuracy by task, and what is right and wrong on test."""
+    """Validation accuracy by task, what is right and wrong on test, and accuracy in exams."""
     on_test = predict.by_task(np.asarray(right(job.test)), job.test, list(job.tasks))
     return {
         "validation": _means(job, np.asarray(right(job.validation)), job.validation),
         "test": {name: report.encode(values) for name, values in on_test.items()},
+        "examined": job.examined,
+        "exams": {
+            name: _means(job, np.asarray(right(images)), images)
+            for name, images in job.exams.items()
+        },
     }
 
 
 def _means(job: Job, right: np.ndarray, images: predict.Bundle) -> dict[str, float]:
-    parts = predict.by_task(right, images, list(job.tasks))
-    return {name: float(values.mean()) for name, values in parts.items()}
+    parts = predict.by_task(right, images, job.names)
+    return {name: float(values.mean()) for name, values in parts.items() if len(values)}
 
 
 def _told(record: Record) -> str:

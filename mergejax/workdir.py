@@ -61,15 +61,15 @@ def check(workdir: pathlib.Path) -> None:
         )
 
 
-def write_record(workdir: pathlib.Path, record: dict[str, Any]) -> None:
-    """Keeps what is known about one model."""
+def write_record(results: pathlib.Path, record: dict[str, Any]) -> None:
+    """Keeps what is known about one model in a folder of results."""
     name = file_name(record["name"])
-    fingerprint.write_json(workdir / RESULTS / f"{name}.json", record)
+    fingerprint.write_json(results / f"{name}.json", record)
 
 
-def read_records(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """What is known about every model, by its name."""
-    paths = sorted((workdir / RESULTS).glob("[!.]*.json"))
+def read_records(results: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What a folder of results knows about every model, by its name."""
+    paths = sorted(results.glob("[!.]*.json"))
     records = [fingerprint.read_json(path) for path in paths]
     return {record["name"]: record for record in records}
 

@@ -8,7 +8,7 @@ import pytest
 
 import mergejax as mj
 from mergejax import config_args, fit
-from mergejax.models import vit
+from mergejax.models import bodies
 
 CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.py"))
 
@@ -29,7 +29,7 @@ def test_config_is_locked_has_a_lab_note_and_fits_what_reads_it(path):
         config.sede = 1
     with pytest.raises(AttributeError):
         config.training.pretrain.stpes = 1
-    vit.VisionTransformer(**config.model)
+    bodies.build(config.model)
     for settings in config.training.values():
         fit.Settings(**settings)
     assert config.methods == ()

@@ -8,7 +8,8 @@ import pytest
 
 import mergejax as mj
 from mergejax import data
-from mergejax.data import digits
+from mergejax.data import corrupt, digits
+from mergejax.data.task import Split
 from mergejax.progress import Printer
 
 
@@ -108,3 +109,36 @@ def test_unknown_suite_is_refused(tmp_path):
     config = ml_collections.ConfigDict({"data": {"suite": "digts"}, "data_dir": "", "seed": 0})
     with pytest.raises(mj.MergeError, match="did you mean 'digits'"):
         data.load(config, tmp_path, Printer())
+
+
+def test_corruptions_do_what_they_say():
+    images = np.random.default_rng(0).random([6, 5, 8, 3], np.float32)
+    split = Split(images, np.arange(6, dtype=np.int32))
+    found = {kind: corrupt.corrupted(split, kind, 3, limit=4) for kind in corrupt.CORRUPTIONS}
+    for one in found.values():
+        assert one.images.dtype == np.float32
+        assert one.images.shape == (4, 5, 8, 3)
+        assert one.images.min() >= 0
+        assert one.images.max() <= 1
+        assert one.labels.tolist() == [0, 1, 2, 3]
+    middle = images[:4].mean(axis=(1, 2, 3), keepdims=True)
+    wanted = middle + np.float32(0.4) * (images[:4] - middle)
+    np.testing.assert_allclose(found["contrast"].images, wanted, rtol=1e-6)
+    np.testing.assert_allclose(
+        found["pixelate"].images[:, 2, 3], images[:4, 2:4, 2:4].mean(axis=(1, 2)), rtol=1e-6
+    )
+    np.testing.assert_array_equal(found["pixelate"].images[:, 4], images[:4, 4])
+    noise = found["noise"].images - images[:4]
+    inside = (found["noise"].images > 0) & (found["noise"].images < 1)
+    assert 0.06 < noise[inside].std() < 0.09
+    assert (
+        np.abs(np.diff(found["blur"].images, axis=2)).mean()
+        < 0.3 * np.abs(np.diff(images, axis=2)).mean()
+    )
+    again = corrupt.corrupted(split, "noise", 3, limit=4)
+    np.testing.assert_array_equal(again.images, found["noise"].images)
+
+
+def test_pixelate_keeps_small_constant_images():
+    split = Split(np.full([1, 3, 3, 1], 0.5, np.float32), np.zeros([1], np.int32))
+    np.testing.assert_array_equal(corrupt.corrupted(split, "pixelate", 0).images, 0.5)

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
+import mergejax as mj
 from mergejax import fit, train
 from mergejax.data.task import Split
-from mergejax.models import vit
+from mergejax.models import bodies, vit
 
 MODEL = {"patch": 4, "width": 24, "depth": 2, "heads": 2, "expansion": 2}
 
@@ -101,3 +103,43 @@ def test_moved_images_are_windows_of_the_padded_ones():
     }
     assert {image.tobytes() for image in np.ascontiguousarray(found)} == windows
     np.testing.assert_array_equal(fit.moved(images, 0, np.random.default_rng(0)), images)
+
+
+def test_adapters_change_kernels_alone_and_by_their_rank():
+    model = bodies.build({"kind": "resnet", "widths": (8,), "blocks": 1, "groups": 4})
+    body, heads = train.initial(model, (8, 8, 1), {"a": 3}, seed=0)
+    images = np.random.default_rng(0).random([40, 8, 8, 1], np.float32)
+    splits = {"a": Split(images, np.arange(40, dtype=np.int32) % 3)}
+    settings = fit.Settings(steps=25, learning_rate=1e-2, batch=16, rank=2)
+    new, found, losses = fit.fit(
+        model, body, heads, splits, settings, seed=[0], classes=3, parts=("adapters",)
+    )
+    assert losses[-5:].mean() < losses[:5].mean()
+    jax.tree.map(np.testing.assert_array_equal, found["a"], heads["a"])
+    before, after = (traverse_util.flatten_dict(tree) for tree in (body, new))
+    assert before.keys() == after.keys()
+    for name, start in before.items():
+        delta = np.asarray(after[name], np.float64) - np.asarray(start, np.float64)
+        if name[-1] != "kernel":
+            np.testing.assert_array_equal(delta, 0.0, err_msg=str(name))
+            continue
+        values = np.linalg.svd(delta.reshape(-1, delta.shape[-1]), compute_uv=False)
+        assert values[0] > 0, name
+        # What is left is the rounding of float32 weights of size one.
+        assert np.all(values[2:] < 1e-6 * delta.size**0.5), name
+
+
+def test_the_class_token_is_what_comes_out():
+    model = vit.VisionTransformer(**MODEL, class_token=True)
+    body, _ = train.initial(model, (8, 8, 1), {"a": 2}, seed=0)
+    assert body["positions"].shape == (1, 5, 24)
+    images = np.random.default_rng(0).random([3, 8, 8, 1], np.float32)
+    found = model.apply({"params": body}, images)
+    assert found.shape == (3, 24)
+    np.testing.assert_allclose(found.mean(axis=1), 0.0, atol=1e-5)  # a normalised token, no mean
+    np.testing.assert_allclose(found.std(axis=1), 1.0, atol=1e-2)
+
+
+def test_an_unknown_body_is_one_sentence():
+    with pytest.raises(mj.MergeError, match="no model 'resnt', did you mean 'resnet'"):
+        bodies.build({"kind": "resnt"})

@@ -237,3 +237,19 @@ def test_small_images_are_framed_and_grey_is_repeated():
     framed = images.square(image, 4)
     np.testing.assert_array_equal(framed[1:3, 1:3, 2], image[..., 0])
     assert framed.sum() == 3 * image.sum()
+
+
+def test_a_common_head_needs_the_same_labels(data_dir, tmp_path):
+    config = _config(data_dir)
+    config.data.head = "shared"
+    with pytest.raises(mj.MergeError) as raised:
+        data.load(config, tmp_path, Notes())
+    assert str(raised.value) == (
+        "config.data.head: 'shared' cannot be the head of 'eurosat' with 10 labels and of "
+        "'scene15' with 3 labels; choose tasks with the same labels, or leave config.data.head "
+        "empty"
+    )
+    config.data.tasks = ("eurosat",)
+    config.data.held_out = ("scene15",)
+    assert data.load(config, tmp_path, Notes())["eurosat"].head == "shared"
+    assert data.held_out(config, tmp_path, Notes())["scene15"].head == "scene15"

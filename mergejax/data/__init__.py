@@ -42,6 +42,29 @@ def load(
     )
 
 
+def held_out(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path, reporter: Reporter
+) -> dict[str, Task]:
+    """Loads the tasks that no expert learns, `config.data.held_out`; usually there are none.
+
+    Raises:
+        MergeError: as `load`; also for a task that has an expert.
+    """
+    names = config.data.get("held_out", ())
+    errors.raise_all(
+        [
+            f"config.data.held_out: '{name}' is one of config.data.tasks; choose another"
+            for name in names
+            if name in config.data.tasks
+        ]
+    )
+    if not names:
+        return {}
+    asked = config.copy_and_resolve_references().unlock()
+    asked.data.tasks, asked.data.head = names, ""
+    return load(asked, workdir, reporter)
+
+
 def pretraining(
     config: ml_collections.ConfigDict,
     tasks: Mapping[str, Task],
@@ -66,7 +89,9 @@ def pretraining(
     data = config.data
     if data.suite == "digits":
         return digits.pretraining(tasks, data.train, data.validation, config.seed, data.variants)
-    sets = _images(data.pretraining, config, workdir, reporter)
+    apart = config.copy_and_resolve_references().unlock()
+    apart.data.head = ""
+    sets = _images(data.pretraining, apart, workdir, reporter)
     return {name: one.train for name, one in sets.items()}
 
 

@@ -60,6 +60,8 @@ SOURCES: Mapping[str, Source] = {
     "bangla": Source("cmaterdb/bangla"),
     "devanagari": Source("cmaterdb/devanagari"),
     "telugu": Source("cmaterdb/telugu"),
+    "usps": Source("usps", origin="github.com/marionmari/Graph_stuff"),
+    "not_mnist": Source("not_mnist", origin="github.com/davidflanagan/notMNIST-to-MNIST"),
 }
 
 
@@ -103,8 +105,9 @@ def load(
 
     Args:
         names: of the tasks, some of `SOURCES`.
-        data: `size` in pixels, and `limits`, the most images to use of each part, so that a full
-            official copy takes no longer than a subset.
+        data: `size` in pixels, `head` where all tasks share one (they have the same labels), and
+            `limits`, the most images to use of each part, so that a full official copy takes no
+            longer than a subset.
         data_dir: folder of the data sets; if empty the environment's TFDS_DATA_DIR, or what TFDS
             takes by default.
         workdir: decoded images are kept in its folder `images`.
@@ -129,7 +132,24 @@ def load(
         _decode_task(name, parts, data, paths[name], reporter)
     if len(opened) < len(paths):
         reporter.log(f"images: {len(paths) - len(opened)} tasks reused from {workdir / CACHE}")
-    return {name: _read(name, path) for name, path in paths.items()}
+    tasks = {name: _read(name, path, data.get("head", "")) for name, path in paths.items()}
+    _check_heads(tasks)
+    return tasks
+
+
+def _check_heads(tasks: Mapping[str, Task]) -> None:
+    """Refuses a common head for tasks whose labels differ in number."""
+    first: dict[str, Task] = {}
+    problems = []
+    for name, task in tasks.items():
+        other = first.setdefault(task.head, task)
+        if len(other.labels) != len(task.labels):
+            problems.append(
+                f"config.data.head: '{task.head}' cannot be the head of '{name}' with "
+                f"{len(task.labels)} labels and of '{other.name}' with {len(other.labels)} "
+                "labels; choose tasks with the same labels, or leave config.data.head empty"
+            )
+    errors.raise_all(problems)
 
 
 def _folder(data_dir: str) -> str | None:
@@ -220,8 +240,8 @@ def _decode_task(
     os.replace(staged, path)
 
 
-def _read(name: str, path: pathlib.Path) -> Task:
-    """Reads what `_decode_task` wrote."""
+def _read(name: str, path: pathlib.Path, head: str) -> Task:
+    """Reads what `_decode_task` wrote; without a common head a task has one of its own."""
     try:
         with path.open("rb") as file, np.load(file) as saved:
             arrays = dict(saved)
@@ -238,4 +258,4 @@ def _read(name: str, path: pathlib.Path) -> Task:
         for part in PARTS
     }
     labels = tuple(str(label) for label in arrays["names"])
-    return Task(name=name, labels=labels, head=name, **splits)
+    return Task(name=name, labels=labels, head=head or name, **splits)

@@ -26,6 +26,14 @@ class Split:
         return len(self.labels)
 
 
+def joined(first: Split, second: Split) -> Split:
+    """The images of two splits with the same labels, one behind the other."""
+    return Split(
+        np.concatenate([first.images, second.images]),
+        np.concatenate([first.labels, second.labels]),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One classification problem, with one split for each use.

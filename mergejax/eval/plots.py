@@ -189,7 +189,7 @@ def sweep(found: Mapping[str, Any]) -> figure.Figure:
     """
     table = 100 * np.array(found["validation"])
     rows, columns = table.shape
-    size = (2.2 + 0.62 * columns, 1.9 + 0.42 * rows)
+    size = (max(5.0, 2.2 + 0.62 * columns), max(2.8, 1.9 + 0.42 * rows))
     canvas = figure.Figure(figsize=size, dpi=150, layout="constrained")
     axes = canvas.subplots()
     image = axes.imshow(table, cmap=SHADES, aspect="auto", origin="lower")
@@ -206,7 +206,7 @@ def sweep(found: Mapping[str, Any]) -> figure.Figure:
     axes.set_ylabel("density", fontsize=9)
     programs = "one program" if found["programs"] == 1 else f"{found['programs']} programs"
     axes.set_title(
-        f"TIES, {table.size} settings in {programs}: "
+        f"TIES, {table.size} settings in {programs}:\n"
         f"{found['compile_seconds']:.1f} s to compile, {found['seconds']:.1f} s to run",
         fontsize=9,
     )

@@ -36,12 +36,13 @@ class Bundle(NamedTuple):
     owners: np.ndarray
 
 
-def bundle(splits: Sequence[Split], classes: Sequence[int]) -> Bundle:
+def bundle(splits: Sequence[Split], classes: Sequence[int], skipped: int = 0) -> Bundle:
     """Joins the images of several tasks.
 
     Args:
         splits: one per task; images of one shape.
-        classes: number of classes of each task.
+        classes: number of classes of each task, also of tasks before and behind these.
+        skipped: number of tasks before these.
 
     Returns:
         A `Bundle` in the order of the tasks.
@@ -53,11 +54,13 @@ def bundle(splits: Sequence[Split], classes: Sequence[int]) -> Bundle:
         ([0, 1, 3, 4], [0, 0, 1, 1], [0, 0, 0, 1, 1])
     """
     first = np.cumsum([0, *classes])
-    labels = [split.labels + start for split, start in zip(splits, first, strict=False)]
+    starts = first[skipped : skipped + len(splits)]
+    labels = [split.labels + start for split, start in zip(splits, starts, strict=True)]
+    own = np.arange(skipped, skipped + len(splits))
     return Bundle(
         images=np.concatenate([split.images for split in splits]),
         labels=np.concatenate(labels).astype(np.int32),
-        tasks=np.repeat(np.arange(len(splits)), [len(split) for split in splits]).astype(np.int32),
+        tasks=np.repeat(own, [len(split) for split in splits]).astype(np.int32),
         owners=np.repeat(np.arange(len(classes)), classes).astype(np.int32),
     )
 
@@ -144,7 +147,7 @@ def ensemble_right(
 
 
 def by_task(right: np.ndarray, images: Bundle, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Cuts one value per image, [n], into the images of each task, by name."""
+    """Cuts one value per image, [n], into the images of each task, by name; some may have none."""
     counts = np.bincount(images.tasks, minlength=len(names))
     parts = np.split(np.asarray(right), np.cumsum(counts)[:-1])
     return dict(zip(names, parts, strict=True))

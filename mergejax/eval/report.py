@@ -87,8 +87,9 @@ def _row(
     shared: bool,
 ) -> dict[str, Any]:
     each = [metrics.wilson(int(x.sum()), len(x)) for x in right]
-    kept = ("name", "kind", "chain", "given", "seconds", "calibration")
-    row = {key: record.get(key) for key in kept}
+    facts = ("name", "kind", "chain", "given", "calibration", "exams")
+    costs = ("seconds", "peak_bytes", "stored_bytes")
+    row = {key: record.get(key) for key in (*facts, *costs)}
     row["settings"] = len(record["settings"]) if "settings" in record else None
     validation = record.get("validation")
     row["validation"] = None if validation is None else float(np.mean(list(validation.values())))

@@ -71,9 +71,10 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The body of a classifier: images in [0, 1] to one feature vector each, mean over the tokens.
+    """The body of a classifier: images in [0, 1] to one feature vector each.
 
-    Pre-norm, learned positions, no class token, no dropout. The blocks are named `block_0`,
+    Pre-norm, learned positions, no dropout; the features are the mean over the tokens, or the class
+    token. The blocks are named `block_0`,
     `block_1`, ... so that the depth of a parameter can be read from its name. A classifier is this
     body followed by one `nn.Dense` head per task (see `mergejax.train.logits`).
 
@@ -85,6 +86,7 @@ class VisionTransformer(nn.Module):
         expansion: Hidden width of the perceptrons, as a multiple of `width`.
         stem: Widths of layers that come before the patches, each of them over squares of 2x2, so
             that k of them leave images of a 2^k-th of the side; none by default.
+        class_token: Whether a learned token goes before the patches and comes out as the features.
 
     Example:
         >>> model = VisionTransformer(patch=4, width=16, depth=2, heads=2)
@@ -104,6 +106,7 @@ class VisionTransformer(nn.Module):
     heads: int
     expansion: int = 4
     stem: tuple[int, ...] = ()
+    class_token: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -114,9 +117,14 @@ class VisionTransformer(nn.Module):
             squares = nn.Dense(width, name=f"stem_{letter}")(cut_patches(images, 2))
             images = nn.gelu(squares).reshape(n, height // 2, breadth // 2, width)
         tokens = nn.Dense(self.width, name="patches")(cut_patches(images, self.patch))
+        if self.class_token:
+            first = self.param("class_token", nn.initializers.normal(0.02), (1, 1, self.width))
+            first = jnp.broadcast_to(first, (len(tokens), 1, self.width))
+            tokens = jnp.concatenate([first, tokens], axis=1)
         shape = (1, tokens.shape[1], self.width)
         positions = self.param("positions", nn.initializers.normal(0.02), shape, jnp.float32)
         tokens = tokens + positions
         for index in range(self.depth):
             tokens = Block(self.heads, self.expansion, name=f"block_{index}")(tokens)
-        return nn.LayerNorm(name="norm")(tokens).mean(axis=1)
+        tokens = nn.LayerNorm(name="norm")(tokens)
+        return tokens[:, 0] if self.class_token else tokens.mean(axis=1)

@@ -69,14 +69,14 @@ def run(
     return _finish(job, trained, _scaling(job, trained))
 
 
-def _scaling(job: Job, trained: train.Trained) -> dict[str, dict[str, float]]:
+def _scaling(job: Job, trained: train.Trained) -> dict[str, dict[str, float | None]]:
     """Merges fewer experts, as `config.scaling` says; by number and method the normalised accuracy.
 
     Hyper-parameters are searched anew for every number of experts.
     """
     asked = job.config.get("scaling", {"counts": (), "methods": ()})
     known = workdir.read_records(job.results)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     for count in asked["counts"]:
         few = preflight.fewer(job, count)
         planned = {
@@ -86,12 +86,10 @@ def _scaling(job: Job, trained: train.Trained) -> dict[str, dict[str, float]]:
         with preflight.compiling(few, missing) as compiled:
             trial.merges(few, trained, missing, compiled)
         records = workdir.read_records(few.results)
-        own = {
-            name: report.decode(known[f"expert_{name}"]["test"][name]).mean() for name in few.tasks
-        }
+        own = [report.decode(known[f"expert_{name}"]["test"][name]) for name in few.tasks]
         found[str(count)] = {
-            name: float(
-                np.mean([report.decode(records[name]["test"][t]).mean() / own[t] for t in own])
+            name: report.normalised(
+                [report.decode(records[name]["test"][task]) for task in few.tasks], own
             )
             for name in planned
         }
@@ -112,7 +110,7 @@ def _shown(config: ml_collections.ConfigDict, origin: Mapping[str, Any]) -> dict
 
 
 def _finish(
-    job: Job, trained: train.Trained, scaling: Mapping[str, Mapping[str, float]]
+    job: Job, trained: train.Trained, scaling: Mapping[str, Mapping[str, float | None]]
 ) -> dict[str, Any]:
     """Writes results, pictures, the best merge and the report."""
     known = {

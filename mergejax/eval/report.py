@@ -95,11 +95,28 @@ def _row(
     row["validation"] = None if validation is None else float(np.mean(list(validation.values())))
     row["accuracy"] = {t: e._asdict() for t, e in zip(tasks, each, strict=True)}
     row["mean"] = metrics.mean_over_tasks(right, shared)._asdict()
-    # An expert that is never right would make the share meaningless; then there is none.
-    marks = [float(x.mean()) for x in own]
-    shares = [e.value / mark for e, mark in zip(each, marks, strict=True)] if all(marks) else []
-    row["normalised"] = float(np.mean(shares)) if shares else None
+    row["normalised"] = normalised(right, own)
     return row
+
+
+def normalised(right: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> float | None:
+    """Mean share of the accuracy that each task's own expert reaches.
+
+    Args:
+        right: per task, right or wrong for each image.
+        own: the same of each task's expert.
+
+    Returns:
+        The mean, or None where an expert is never right, which would make its share meaningless.
+
+    Example:
+        >>> normalised([np.array([1, 0])], [np.array([1, 1])])
+        0.5
+    """
+    marks = [float(np.mean(x)) for x in own]
+    if not all(marks):
+        return None
+    return float(np.mean([np.mean(x) / mark for x, mark in zip(right, marks, strict=True)]))
 
 
 def _verdict(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import figure
+from matplotlib import figure, ticker
 
 from mergejax.eval import plots
 from mergejax.eval.tables import label
@@ -142,6 +142,8 @@ def pareto(merges: Sequence[Row]) -> figure.Figure:
         axes.annotate(label(merges[i]), (seconds[i], means[i]), (4, 5), fontsize=8,
                       textcoords="offset points")  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.margins(x=0.15, y=0.12)
     axes.set_xlabel("seconds of one merge, compiled before", fontsize=9)
     axes.set_ylabel("mean test accuracy in %", fontsize=9)
@@ -152,15 +154,15 @@ def pareto(merges: Sequence[Row]) -> figure.Figure:
 def scaling(table: Mapping[str, Mapping[str, Any]]) -> figure.Figure:
     """Normalised accuracy over the number of experts, with the deviation over seeds as a band."""
     canvas, axes = _canvas(WIDTH, 3.4)
-    counts = [int(count) for count in table]
     for i, method in enumerate(next(iter(table.values()))):
+        counts = [int(count) for count in table if table[count][method]]
         means = 100 * np.array([table[str(n)][method]["mean"] for n in counts])
         widths = 100 * np.array([table[str(n)][method]["deviation"] for n in counts])
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(counts, means, marker=MARKERS[i % len(MARKERS)], color=colour, linewidth=1.6,
                   label=method.replace("_", " "))  # fmt: skip
         axes.fill_between(counts, means - widths, means + widths, color=colour, alpha=0.12)
-    axes.set_xticks(counts)
+    axes.set_xticks([int(count) for count in table])
     axes.set_xlabel("number of experts", fontsize=9)
     axes.set_ylabel("normalised accuracy in %", fontsize=9)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)

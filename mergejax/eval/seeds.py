@@ -97,7 +97,9 @@ def _mean(values: Any) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _scaling(several: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
+def _scaling(
+    several: Sequence[Mapping[str, Mapping[str, float | None]]],
+) -> dict[str, dict[str, Any]]:
     return {
         count: {
             method: spread([one[count][method] for one in several if count in one])

@@ -171,6 +171,8 @@ def config_of(request: Any) -> str:
     options = {"base": request.base, "method": request.method, "dtype": request.dtype}
     lines = [f"--{name} {shlex.quote(str(x))}" for name, x in options.items() if x is not None]
     lines += [f"--expert {shlex.quote(str(expert))}" for expert in request.experts]
+    ranges = ["+".join(map(str, sources)) for sources in request.layers]
+    lines += [f"--layers {shlex.quote(text)}" for text in ranges]
     return "mergejax merge \\\n  " + " \\\n  ".join(lines)
 
 

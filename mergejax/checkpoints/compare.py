@@ -229,7 +229,7 @@ def _looks_transposed(base: Tensor, other: Tensor, files: Files) -> bool:
     there = _rows(other, rows, files)[:, columns]
     straight = np.abs(there - _rows(base, rows, files)[:, columns]).sum()
     turned = np.abs(there - _rows(base, columns, files)[:, rows].T).sum()
-    return bool(turned < straight)
+    return bool(turned < 0.7 * straight)  # of unrelated matrices either may be a little nearer
 
 
 def _rows(matrix: Tensor, rows: np.ndarray, files: Files) -> np.ndarray:

@@ -149,7 +149,8 @@ def stack(
     for row in rows:
         last = first + row[0][1].stop - row[0][1].start
         several = " and ".join(f"{m.name}[{s.start}:{s.stop}]" for m, s in row)
-        notes.append(f"layers {first} to {last - 1} are {several}")
+        which = f"layer {first} is" if last == first + 1 else f"layers {first} to {last - 1} are"
+        notes.append(f"{which} {several}")
         first = last
     return (columns[0], columns[1:], notes) if with_base else (None, columns, notes)
 

@@ -6,29 +6,16 @@ are evaluated.
 """
 
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mergejax.checkpoints.mergekit_methods import METHODS
+from mergejax.checkpoints.mergekit_settings import Place, Settings
 from mergejax.errors import MergeError, did_you_mean, raise_all
 
-_DELTAS = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",
-           "della", "della_linear")  # fmt: skip
-_METHODS = ("linear", "slerp", *_DELTAS)
-_KEYS = {"merge_method", "models", "base_model", "parameters", "dtype", "out_dtype",
+_KEYS = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
          "tokenizer_source", "name"}  # fmt: skip
-_KNOWN = {
-    "linear": {"weight", "normalize"},
-    "slerp": {"t"},
-    "task_arithmetic": {"weight", "normalize", "lambda"},
-    "ties": {"weight", "density", "normalize", "lambda", "consensus_method"},
-    "dare_linear": {"weight", "density", "normalize", "lambda", "rescale"},
-    "dare_ties": {"weight", "density", "normalize", "lambda", "rescale", "consensus_method"},
-    "breadcrumbs": {"weight", "density", "gamma", "normalize", "lambda"},
-    "breadcrumbs_ties": {"weight", "density", "gamma", "normalize", "lambda"},
-    "della": {"weight", "density", "epsilon", "normalize", "lambda", "rescale"},
-    "della_linear": {"weight", "density", "epsilon", "normalize", "lambda", "rescale"},
-}
+_REFUSED = ("modules", "tokenizer", "chat_template")
 
 
 def read_mergekit(path: str | pathlib.Path) -> dict[str, Any]:
@@ -38,7 +25,7 @@ def read_mergekit(path: str | pathlib.Path) -> dict[str, Any]:
         path: of the YAML file; relative model paths count from the working directory, as there.
 
     Returns:
-        The options of `merge_checkpoints`: method (a text), base, experts, dtype.
+        The options of `merge_checkpoints`: method (a text), base, experts, dtype, layers.
 
     Raises:
         MergeError: one sentence for everything that is unknown or cannot be honoured.
@@ -53,7 +40,9 @@ def read_mergekit(path: str | pathlib.Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MergeError(f"{path} is no YAML ({reason}); correct it") from None
     if not isinstance(content, dict):
-        raise MergeError(f"{path} holds no mergekit configuration; it needs merge_method, models")
+        raise MergeError(
+            f"{path} holds no mergekit configuration; it needs merge_method and models"
+        )
     return translate(content)
 
 
@@ -69,205 +58,181 @@ def translate(config: Mapping[str, Any]) -> dict[str, Any]:
         >>> found['method']
         'total(weights=[0.5])|scale(scaling=1.0)'
     """
-    problems = _problems(config)
-    raise_all(problems)
+    raise_all(_problems(config))
     name, base = config["merge_method"], config.get("base_model")
-    models = [dict(model) for model in config["models"]]
     shared = config.get("parameters") or {}
-    if name != "linear":
-        models = [m for m in models if m["model"] != base] if name != "slerp" else models
-    elif base is not None and _without_weight(models, base, shared):
-        models = [m for m in models if m["model"] != base]
-    if name == "slerp":
-        models = _slerp_order(models, base)
-    own = [model.get("parameters") or {} for model in models]
-    settings = _Settings(name, shared, own)
-    found = {"linear": _linear, "slerp": _slerp}.get(name, _deltas)(name, settings)
+    rows = [_ordered(row, name, base, shared) for row in _rows(config)]
+    raise_all(_row_problems(rows))
+    places, first = [], 0
+    for row, own in zip(rows, config.get("slices") or [{}], strict=True):
+        count = row[0]["layer_range"][1] - row[0]["layer_range"][0] if "slices" in config else 0
+        parameters = [source.get("parameters") or {} for source in row]
+        scopes = [own.get("parameters") or {}, shared]
+        places.append(Place(range(first, first + count), parameters, scopes))
+        first += count
+    method = METHODS[name]
+    settings = Settings(name, method.parameters, places, "slices" in config)
+    found = method.text(name, settings, base)
     raise_all(settings.problems)
     dtype = config.get("out_dtype") or config.get("dtype")
+    experts = dict.fromkeys(source["model"] for row in rows for source in row)
     return {
         "method": found,
-        "base": base,
-        "experts": [model["model"] for model in models],
+        "base": None if base == next(iter(experts)) else base,  # it gives settings all the same
+        "experts": list(experts),
         **({"dtype": dtype} if dtype else {}),
+        **({"layers": _layers(config, rows, method.base, base)} if "slices" in config else {}),
     }
+
+
+def _rows(config: Mapping[str, Any]) -> list[list[dict]]:
+    """What is merged with each other: all models, or the sources of each slice."""
+    if "slices" in config:
+        return [[dict(source) for source in row["sources"]] for row in config["slices"]]
+    return [[dict(model) for model in config["models"]]]
+
+
+def _ordered(row: list[dict], name: str, base: Any, shared: Mapping[str, Any]) -> list[dict]:
+    """The models that are experts here, in the order in which the method takes them."""
+    listed = base in [source["model"] for source in row]
+    whole = "layer_range" not in row[0]
+    match METHODS[name].base:
+        case "no expert":
+            return [source for source in row if source["model"] != base]
+        case "first expert":
+            if base is not None and not listed and whole:
+                row = [{"model": base}, *row]
+            return sorted(row, key=lambda source: source["model"] != base)
+        case "an expert" if base is not None and not listed and whole:
+            return [*row, {"model": base}]
+        case "without weight" if base is not None and _without_weight(row, base, shared):
+            return [source for source in row if source["model"] != base]
+    return row
+
+
+def _without_weight(row: Sequence[Mapping], base: str, shared: Mapping) -> bool:
+    """Whether the base stands among the models of a linear merge and has no weight."""
+    own = [source.get("parameters") or {} for source in row if source["model"] == base]
+    return any("weight" not in parameters for parameters in own) and "weight" not in shared
+
+
+def _layers(
+    config: Mapping[str, Any], rows: Sequence[Sequence[Mapping]], kind: str, base: Any
+) -> list[str]:
+    """The ranges of layers, the base's among them where the method takes differences to it."""
+    texts = []
+    for row, own in zip(rows, config["slices"], strict=True):
+        sources = [s for s in own["sources"] if s["model"] == base and kind == "no expert"]
+        texts.append("+".join(_range(source) for source in [*sources, *row]))
+    return texts
+
+
+def _range(source: Mapping[str, Any]) -> str:
+    start, stop = source["layer_range"]
+    return f"{source['model']}[{start}:{stop}]"
+
+
+def _row_problems(rows: Sequence[Sequence[Mapping]]) -> list[str]:
+    if not all(rows):
+        return ["a merge needs a model beside the base_model; add one"]
+    if len({len(row) for row in rows}) > 1:
+        return ["'slices' with different numbers of sources cannot be honoured; merge twice"]
+    return []
 
 
 def _problems(config: Mapping[str, Any]) -> list[str]:
     """What is unknown, missing or cannot be honoured."""
-    problems = []
-    for key in ("slices", "modules"):
-        if key in config:
-            problems.append(f"'{key}' of mergekit cannot be honoured; merge whole models here")
-    for key in ("tokenizer", "chat_template"):
-        if config.get(key) is not None:
-            problems.append(f"'{key}' of mergekit cannot be honoured; remove it")
+    problems = [
+        f"'{key}' of mergekit cannot be honoured; remove it"
+        for key in _REFUSED
+        if config.get(key) is not None
+    ]
     if config.get("tokenizer_source") not in (None, "base"):
-        problems.append("'tokenizer_source' can only be 'base' here: the base's tokenizer is kept")
-    known = {*_KEYS, "slices", "modules", "tokenizer", "chat_template"}
+        problems.append(
+            "'tokenizer_source' can only be 'base' here; --vocabulary union adds other tokens"
+        )
     problems += [
         f"a mergekit configuration has no key '{key}', {did_you_mean(str(key), _KEYS)}"
         for key in config
-        if key not in known
+        if key not in {*_KEYS, *_REFUSED}
     ]
-    name = config.get("merge_method")
-    if name not in _METHODS:
+    name, base = config.get("merge_method"), config.get("base_model")
+    method = METHODS.get(name) if isinstance(name, str) else None
+    if method is None:
         problems.append(
-            f"merge_method '{name}' is not translated, {did_you_mean(str(name), _METHODS)}"
+            f"merge_method '{name}' is not translated, {did_you_mean(str(name), METHODS)}"
         )
-    models = config.get("models")
-    if "slices" not in config and (not isinstance(models, list) or not models):
-        problems.append("the configuration has no list of models; name them under 'models'")
-        models = []
-    for model in models or []:
-        if not isinstance(model, dict) or not isinstance(model.get("model"), str):
-            problems.append(f"each of models needs a path under 'model', not {str(model)[:60]!r}")
-        elif extra := sorted(set(model) - {"model", "parameters"}):
-            problems.append(f"model '{model['model']}' has the unknown key '{extra[0]}'")
-    if name in _DELTAS and config.get("base_model") is None:
+    if base is not None and not isinstance(base, str):
+        problems.append(f"base_model must be a path, not {str(base)[:60]!r}")
+    if config.get("parameters") is not None and not isinstance(config["parameters"], dict):
+        problems.append("'parameters' must be a table of values by name")
+    if method is not None and method.needs_base and base is None:
         problems.append(f"merge_method '{name}' needs a base_model")
+    if "slices" in config and "models" in config:
+        problems.append("a configuration has 'models' or 'slices', not both; remove one")
+    if "slices" in config:
+        return problems + _slice_problems(config["slices"], base)
+    return problems + _source_problems(config.get("models"), "models", {"model", "parameters"})
+
+
+def _slice_problems(slices: Any, base: Any) -> list[str]:
+    if not isinstance(slices, list) or not slices:
+        return ["'slices' must be a list of slices with 'sources'"]
+    problems = []
+    for i, one in enumerate(slices):
+        label = f"slice {i}"
+        if not isinstance(one, dict):
+            problems.append(f"{label} must be a table with 'sources', not {str(one)[:60]!r}")
+            continue
+        for key in sorted(set(one) - {"sources", "parameters", "base_model"}):
+            hint = did_you_mean(str(key), {"sources", "parameters"})
+            problems.append(f"{label} has '{key}', which cannot be honoured, {hint}")
+        if one.get("base_model") not in (None, base):
+            problems.append(f"{label} has a base_model of its own, which cannot be honoured")
+        known = {"model", "parameters", "layer_range"}
+        problems += _source_problems(one.get("sources"), f"the sources of {label}", known)
+        if not problems:
+            problems += _range_problems(label, one["sources"])
     return problems
 
 
-def _without_weight(models: Sequence[Mapping], base: str, shared: Mapping) -> bool:
-    """Whether the base stands among the models of a linear merge and has no weight."""
-    own = [m.get("parameters") or {} for m in models if m["model"] == base]
-    return any("weight" not in parameters for parameters in own) and "weight" not in shared
+def _range_problems(label: str, sources: Sequence[Mapping]) -> list[str]:
+    problems, lengths = [], set()
+    for source in sources:
+        given = source.get("layer_range")
+        if not isinstance(given, list) or len(given) != 2 or not all(map(_is_layer, given)):
+            problems.append(
+                f"{label}: layer_range of '{source['model']}' must be two layers, such as "
+                f"[0, 8], not {given!r}"
+            )
+        elif given[0] >= given[1]:
+            problems.append(
+                f"{label}: layer_range {given} of '{source['model']}' is empty; the second number "
+                "is not included"
+            )
+        else:
+            lengths.add(given[1] - given[0])
+    if len(lengths) > 1:
+        problems.append(f"{label}: its sources have different numbers of layers; make them equal")
+    return problems
 
 
-def _slerp_order(models: list[dict], base: Any) -> list[dict]:
-    """The base comes first; one model alone is interpolated with the base."""
-    if base is not None and base not in [model["model"] for model in models]:
-        models = [{"model": base}, *models]
-    return sorted(models, key=lambda model: model["model"] != base)
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-class _Settings:
-    """mergekit's parameters: a model's own setting comes first, then the shared one."""
-
-    def __init__(self, method: str, shared: Mapping[str, Any], own: Sequence[Mapping[str, Any]]):
-        self.shared, self.own = shared, own
-        self.problems = [
-            f"mergekit's {method} has no parameter '{key}', "
-            + did_you_mean(str(key), _KNOWN[method])
-            for key in dict.fromkeys(key for part in (shared, *own) for key in part)
-            if key not in {*_KNOWN[method], "int8_mask"}
-        ]
-        if any(part.get("int8_mask") for part in (shared, *own)):
-            self.problems.append("'int8_mask' is not needed here and cannot be honoured; remove it")
-
-    def constant(self, name: str, default: Any) -> Any:
-        """A setting that is one for the whole merge."""
-        value = self.shared.get(name, default)
-        if isinstance(value, list | dict):
-            self.problems.append(f"'{name}' must be one value, not {value!r}")
-            return default
-        return value
-
-    def rule(self, name: str, default: float | None = None) -> str:
-        """One number for all models, by depth or by name, as a text."""
-        if name not in self.shared and default is None:
-            self.problems.append(f"the parameter '{name}' is missing")
-            return "0"
-        return self._text(name, self.shared.get(name, default), default)
-
-    def per_model(self, name: str, default: float | None = None) -> str:
-        """A number for each model, by depth or by name, as a text."""
-        several = [part.get(name, self.shared.get(name, default)) for part in self.own]
-        if any(value is None for value in several):
-            self.problems.append(f"the parameter '{name}' is missing for a model")
-            return "[]"
-        if all(_is_number(value) for value in several):
-            return f"[{', '.join(repr(float(value)) for value in several)}]"
-        if all(value == several[0] for value in several):
-            return self._text(name, several[0], default)
-        if all(_is_gradient(v) or _is_number(v) for v in several):
-            return self._gradients(several)
-        self.problems.append(
-            f"'{name}' has filters that differ between the models, which cannot be honoured"
-        )
-        return "[]"
-
-    def _gradients(self, several: Sequence[Any]) -> str:
-        """Gradients of one length, or numbers, as one gradient of lists."""
-        length = max(len(v) for v in several if isinstance(v, list))
-        if any(isinstance(v, list) and len(v) != length for v in several):
-            self.problems.append("gradients of different lengths cannot be honoured")
-            return "[]"
-        columns = [v if isinstance(v, list) else [v] * length for v in several]
-        rows = [", ".join(repr(float(x)) for x in row) for row in zip(*columns, strict=True)]
-        return "by_depth([" + ", ".join(f"[{row}]" for row in rows) + "])"
-
-    def _text(self, name: str, value: Any, default: float | None) -> str:
-        if _is_number(value):
-            return repr(float(value))
-        if _is_gradient(value):
-            return f"by_depth([{', '.join(repr(float(v)) for v in value)}])"
-        if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-            self.problems.append(f"'{name}' must be a number, a gradient or filters, not {value!r}")
-            return "0"
-        rules: dict[str, str] = {}
-        for condition in value:
-            pattern = condition.get("filter") or "*"
-            pattern = ".*" if pattern == "*" else re.escape(str(pattern))
-            rules.setdefault(pattern, self._text(name, condition.get("value"), default))
-        if default is not None:
-            rules.setdefault(".*", repr(default))
-        inner = ", ".join(f"{pattern!r}: {text}" for pattern, text in rules.items())
-        return f"by_name({{{inner}}})"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_gradient(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
-
-
-def _linear(name: str, settings: _Settings) -> str:
-    normalize = bool(settings.constant("normalize", True))
-    return f"linear(weights={settings.per_model('weight')}, normalize={normalize})"
-
-
-def _slerp(name: str, settings: _Settings) -> str:
-    return f"slerp(t={settings.rule('t')})"
-
-
-def _deltas(name: str, settings: _Settings) -> str:
-    """mergekit's methods on deltas: one pipeline, several presets."""
-    weights = settings.per_model("weight")
-    elects = name.endswith("ties") or name == "della"
-    normalize = settings.constant("normalize", name in ("ties", "della"))
-    stages = []
-    if name == "ties":
-        density = settings.per_model("density", 1.0)
-        stages.append(f"trim(density={density}, scope='tensor', cut='exact')")
-    elif name.startswith("breadcrumbs"):
-        density, top = settings.per_model("density", 1.0), settings.per_model("gamma", 0.01)
-        stages.append(f"trim_band(density={density}, top={top}, scope='tensor')")
-    elif name.startswith(("dare", "della")):
-        rescale = "norm" if settings.constant("rescale", True) else "none"
-        density = settings.per_model("density", 1.0)
-        stages.append(_dropped(name, density, rescale, settings))
-    if elects:
-        by = {"sum": "mass", "count": "count"}.get(settings.constant("consensus_method", "sum"))
-        if by is None:
-            settings.problems.append("'consensus_method' must be 'sum' or 'count'")
-        sign = "" if by in ("mass", None) else "by='count', "
-        stages += [f"weigh(weights={weights})", f"elect_sign({sign}zero='plus')"]
-        stages.append(f"disjoint_mean(weights={weights})" if normalize else "total()")
-    else:
-        stages.append(f"{'mean' if normalize else 'total'}(weights={weights})")
-    return "|".join([*stages, f"scale(scaling={settings.rule('lambda', 1.0)})"])
-
-
-def _dropped(name: str, density: str, rescale: str, settings: _Settings) -> str:
-    if "by_" in density:
-        settings.problems.append("a 'density' that differs between layers cannot be honoured here")
-        density = "[]"
-    rates = [max(0.0, 1 - float(x)) for x in density.strip("[]").split(",") if x.strip()]
-    if name.startswith("dare"):
-        return f"drop(rate={rates}, rescale='{rescale}')"
-    spread = settings.per_model("epsilon", 0.15)
-    return f"drop_by_rank(density={density}, spread={spread}, rescale='{rescale}')"
+def _source_problems(sources: Any, label: str, known: set[str]) -> list[str]:
+    if not isinstance(sources, list) or not sources:
+        return [f"the configuration has no list of models; name them under '{label}'"]
+    problems = []
+    for source in sources:
+        if not isinstance(source, dict) or not isinstance(source.get("model"), str):
+            text = str(source)[:60]
+            problems.append(f"each of {label} needs a path under 'model', not {text!r}")
+            continue
+        for key in sorted(set(source) - known):
+            hint = did_you_mean(str(key), known)
+            problems.append(f"model '{source['model']}' has the unknown key '{key}', {hint}")
+        if not isinstance(source.get("parameters") or {}, dict):
+            problems.append(f"'parameters' of model '{source['model']}' must be a table of values")
+    return problems

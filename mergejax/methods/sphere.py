@@ -139,6 +139,19 @@ def _positive_or(x, otherwise):
     return jnp.where(x > 0, x, otherwise)
 
 
+def _sphere_mean(ds, weights, normalize):
+    """The mean direction of leaves with their mean length."""
+    shares = jnp.stack(per_expert(weights, len(ds)))
+    shares = shares / shares.sum() if normalize else shares
+    gram = _gram(ds)
+    lengths = jnp.sqrt(jnp.diagonal(gram))
+    directions = jnp.where(lengths > 0, shares / _positive_or(lengths, 1.0), 0.0)
+    norm = jnp.sqrt(jnp.maximum(directions @ gram @ directions, 0.0))
+    usable = norm >= 1e-8
+    length = (shares * lengths).sum()
+    return _mix(jnp.where(usable, directions * length / _positive_or(norm, 1.0), shares), ds)
+
+
 @reduce
 def sphere_mean(weights: Weights = 1.0, normalize: bool = True):
     r"""Averages the directions of deltas and gives the result their mean length, leaf by leaf.
@@ -161,22 +174,32 @@ def sphere_mean(weights: Weights = 1.0, normalize: bool = True):
         [1.4142 1.4142]
     """
 
-    def apply(ds, leaf, seen):
-        shares = jnp.stack(per_expert(weights, len(ds)))
-        shares = shares / shares.sum() if normalize else shares
-        gram = _gram(ds)
-        lengths = jnp.sqrt(jnp.diagonal(gram))
-        directions = jnp.where(lengths > 0, shares / _positive_or(lengths, 1.0), 0.0)
-        norm = jnp.sqrt(jnp.maximum(directions @ gram @ directions, 0.0))
-        usable = norm >= 1e-8
-        length = (shares * lengths).sum()
-        return _mix(jnp.where(usable, directions * length / _positive_or(norm, 1.0), shares), ds)
+    return lambda ds, leaf, seen: _sphere_mean(ds, weights, normalize)
 
-    return apply
+
+@reduce(space="weights")
+def weight_sphere_mean(weights: Weights = 1.0, normalize: bool = True):
+    """Averages the directions of weights, seen from zero, as `sphere_mean` does for deltas.
+
+    Args:
+        weights, normalize: see `sphere_mean`.
+
+    Returns:
+        A reduction; it needs no base.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> experts = [{'w': jnp.asarray([3.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
+        >>> print(mj.merge(mj.weight_sphere_mean(), None, experts)['w'].round(4))
+        [1.4142 1.4142]
+    """
+    return lambda ds, leaf, seen: _sphere_mean(ds, weights, normalize)
 
 
 @method
-def multislerp(weights: Weights = 1.0, normalize: bool = True):
+def multislerp(
+    weights: Weights = 1.0, normalize: bool = True, of: Literal["deltas", "weights"] = "deltas"
+):
     r"""Averages the directions of any number of deltas and keeps their mean length.
 
     .. math:: \theta=\theta_0+\Big(\sum_i w_i\|\tau_i\|\Big)\frac{\mu}{\|\mu\|},\qquad
@@ -185,6 +208,7 @@ def multislerp(weights: Weights = 1.0, normalize: bool = True):
     Args:
         weights: w, a number or one per expert.
         normalize: whether the weights are divided by their sum.
+        of: 'deltas' needs a base, 'weights' are seen from zero and do not.
 
     Returns:
         A method.
@@ -199,7 +223,8 @@ def multislerp(weights: Weights = 1.0, normalize: bool = True):
     multislerp of mergekit 0.1.5. Its average in the tangent space at the mean direction is zero by
     construction, so that this form is all that is left of it.
     """
-    return chain(sphere_mean(weights, normalize))
+    means = {"deltas": sphere_mean, "weights": weight_sphere_mean}
+    return chain(means[of](weights, normalize))
 
 
 @reduce(space="weights")

@@ -37,7 +37,15 @@ _PLACES = {
     "greedy_soup": "soups",
     "stack_layers": "stacking",
 }
-_PACKAGES = ("alignment", "collect", "compress", "hyper", "lowrank")
+_PACKAGES = (
+    "alignment",
+    "collect",
+    "compress",
+    "hyper",
+    "lowrank",
+    "quantize",
+    "representation",
+)
 
 
 def __getattr__(name: str) -> Any:

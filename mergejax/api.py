@@ -205,7 +205,7 @@ def stream(
             common.get(name, {}),
         )
 
-    plan = make_plan(method, chain(mean()), infos, len(experts), base is not None)
+    plan = make_plan(method, chain(mean()), infos, len(experts), base is not None, statistics)
     for info in copied:
         values = [_read(reference[info.name]), *(_read(expert[info.name]) for expert in experts)]
         keep = info.role == HEAD or is_counter(info.name)

@@ -108,7 +108,10 @@ def statistics_by_leaf(
                 f"{experts} experts"
             )
             continue
-        named = [leaves_by_name(tree, f"stats['{need}'][{i}]")[0] for i, tree in enumerate(several)]
+        named = [
+            leaves_by_name(tree, f"stats['{need}'][{i}]")[0] if len(tree) else {}
+            for i, tree in enumerate(several)
+        ]
         for name in dict.fromkeys(name for tree in named for name in tree):
             owners = [i for i, tree in enumerate(named) if name not in tree]
             if name not in shapes:
@@ -167,9 +170,9 @@ def check_statistics(
                     f"statistic '{need}' of leaf '{info.name}' has shape {shapes.pop()}, expected "
                     f"{wanted}; collect it again with this model"
                 )
-            elif values and need == "fisher" and _any_negative(several):
+            elif values and need in ("fisher", "norm_square") and _any_negative(several):
                 problems.append(
-                    f"statistic 'fisher' of leaf '{info.name}' has negative values, but it is a "
+                    f"statistic '{need}' of leaf '{info.name}' has negative values, but it is a "
                     "mean of squares; collect it again"
                 )
     raise_all(problems)
@@ -177,12 +180,17 @@ def check_statistics(
 
 def _shape_of(need: str, info: LeafInfo) -> tuple[int, ...] | None:
     """The shape of a statistic that the library knows, else None."""
-    if need in ("fisher", "mask"):
+    if need in ("fisher", "mask", "norm_square"):
         return info.shape
-    if need == "gram" and info.layout:
-        axes = info.shape if info.layers is None else info.shape[1:]
-        size = math.prod(n for n, axis in zip(axes, info.layout, strict=True) if axis in "ihwl")
-        return (*info.shape[: len(info.shape) - len(axes)], size, size)
+    axes = info.shape if info.layers is None else info.shape[1:]
+    stacked = info.shape[: len(info.shape) - len(axes)]
+    if need == "block_fisher":
+        return (*stacked, math.prod(axes), math.prod(axes))
+    sides = {"gram": "ihwl", "output_gram": "o"}
+    if need in sides and info.layout:
+        side = sides[need]
+        size = math.prod(n for n, axis in zip(axes, info.layout, strict=True) if axis in side)
+        return (*stacked, size, size)
     return None
 
 

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     import scipy.linalg  # noqa: F401, so that the library below is loaded
     import threadpoolctl
 
-    from mergejax import experiment, progress, suite, workdir
+    from mergejax import experiment, progress, study, suite, workdir
     from mergejax.eval import tables
 
     logging.set_verbosity(logging.ERROR)  # other libraries tell every step of a checkpoint
@@ -58,6 +58,10 @@ def main(arguments: Sequence[str]) -> None:
     }
     if "seeds" in CONFIG.value:
         print(suite.closing(suite.run(CONFIG.value, folder, book, origin), folder.as_posix()))
+        return
+    if "study" in CONFIG.value:
+        study.run(CONFIG.value, folder, book)
+        print((folder / study.TABLE).read_text(encoding="utf-8"))
         return
     results = experiment.run(CONFIG.value, folder, book, origin)
     tables.show(results, sys.stdout)

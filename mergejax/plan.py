@@ -39,7 +39,12 @@ class Plan:
 
 
 def make_plan(
-    method: Chain, average: Chain, infos: Sequence[LeafInfo], experts: int, has_base: bool
+    method: Chain,
+    average: Chain,
+    infos: Sequence[LeafInfo],
+    experts: int,
+    has_base: bool,
+    given: Sequence[str] = (),
 ) -> Plan:
     """Expands a chain for every leaf, checks it and orders its measurements.
 
@@ -49,15 +54,18 @@ def make_plan(
         infos: the leaves that are merged.
         experts: number of experts.
         has_base: whether there is a base.
+        given: statistics that were passed, perhaps for no leaf: a model without norms has none
+            of its norms' inputs.
 
     Raises:
         MergeError: stages in an impossible order, without a base that they need, with lists of
             the wrong length, with patterns that match no leaf, or without their statistics.
     """
-    absent = {need for need in method.needs if not any(need in info.stats for info in infos)}
+    known = {need for info in infos for need in info.stats}
+    absent = {need for need in method.needs if need not in (*known, *given)}
     problems = [
         f"{method!r} needs the statistic '{need}', which no leaf has; pass "
-        f"stats={{'{need}': [...]}}, one tree per expert (see mj.collect)"
+        f"stats={{'{need}': [...]}}, one tree per expert ({_collected(need)})"
         for need in sorted(absent)
     ]
     placed: dict[str, list[Placed]] = {}
@@ -101,6 +109,14 @@ def make_plan(
     measured = {path: stages[path] for due in dues.values() for path, _ in due}
     resolved = {info.name: _resolve(placed[info.name], info) for info in infos}
     return Plan(resolved, _passes(dues), measured, frozenset(merged), experts)
+
+
+def _collected(need: str) -> str:
+    """How to come by a statistic."""
+    from mergejax import collect  # Flax takes a second to import
+
+    call = f"mj.collect.{need}(...) collects it" if need in collect.__all__ else "see mj.collect"
+    return f"{call}; python -m mergejax.main does so for its own tasks"
 
 
 def _rounds(placed: Placed) -> int:

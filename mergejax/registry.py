@@ -79,6 +79,7 @@ _FACTS: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"neutral": {"density": 1.0, "top": 0.0, "scaling": 1.0}},
     "pcb": {"homogeneous": False},
     "localize_and_stitch": {"neutral": {"density": 1.0}},
+    "localize_and_stitch_trained": {},
     "magmax": {"ordered": True, "neutral": {"scaling": 1.0}},
     "trust_region": {"neutral": {"scaling": 1.0}},
     "ram": {"neutral": {"epsilon": 0.0}},
@@ -101,6 +102,11 @@ _FACTS: dict[str, dict[str, Any]] = {
     # With statistics of data
     "fisher": {"neutral": {}},
     "regmean": {"neutral": {}},
+    "mats": {"neutral": {}},
+    "lot": {"neutral": {"scaling": 1.0}},
+    "cat": {"ordered": True, "neutral": {"scaling": 1.0}},
+    "bayesian": {"neutral": {"anchor_scaling": 1.0}},
+    "bayesian_data_free": {"neutral": {"anchor_scaling": 1.0}},
     # Spectral
     "opcm": {"ordered": True, "neutral": {}},
     "tsv_merge": {"neutral": {}},

@@ -322,7 +322,7 @@ def test_stacked_layers_equal_separate_layers(name):
         for path, x in several.items():
             first, last = path.split("/")
             nested.setdefault(first, {})[last] = x
-        return trees.flat(stack({"embed": {}, **nested}))
+        return trees.flat(stack({"embed": {}, **nested})) if nested else {}
 
     together = mj.merge(
         chain,

@@ -13,6 +13,7 @@ import golden_elementwise as elementwise
 import golden_lowrank as lowrank
 import golden_mergekit as mergekit
 import golden_spectral as spectral
+import golden_statistics as statistics
 import numpy as np
 from golden_case import Case, Draw, Translation, Untranslatable, exactly, given_masks, several
 
@@ -288,6 +289,7 @@ TRANSLATIONS: dict[str, Callable[[Case], Translation]] = {
     "regmean": _regmean("model_lambda", mean=False),
     "ties (global trim)": _ties_global,
     "ties (per tensor)": lambda case: _ties_masked(case, "tensor"),
+    "mats (conjugate gradient)": statistics.mats,
     **elementwise.TRANSLATIONS,
     **lowrank.TRANSLATIONS,
     **spectral.TRANSLATIONS,

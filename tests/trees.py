@@ -69,7 +69,14 @@ def blocks(tree):
 def statistics(needs, experts, seed=5):
     """Synthetic statistics of every kind that a chain may need."""
     rng = np.random.default_rng(seed)
-    makers = {"fisher": _fisher, "gram": _gram, "mask": _mask}
+    makers = {
+        "fisher": _fisher,
+        "gram": _gram,
+        "mask": _mask,
+        "output_gram": _output_gram,
+        "block_fisher": _block_fisher,
+        "norm_square": _norm_square,
+    }
     return {need: [makers[need](rng, flat(expert)) for expert in experts] for need in needs}
 
 
@@ -78,12 +85,29 @@ def _fisher(rng, expert):
 
 
 def _gram(rng, expert):
-    grams = {}
-    for name, x in expert.items():
-        if name.endswith("kernel"):
-            rows = rng.normal(size=(4 * x.shape[-2], x.shape[-2]))
-            grams[name] = np.asarray(rows.T @ rows / len(rows), np.float32)
-    return grams
+    kernels = {n: x.shape[-2] for n, x in expert.items() if n.endswith("kernel")}
+    loudness = 10.0 ** rng.integers(0, 3)  # one expert's inputs are larger than another's
+    return {n: np.float32(loudness) * _mean_square(rng, size) for n, size in kernels.items()}
+
+
+def _output_gram(rng, expert):
+    kernels = {n: x.shape[-1] for n, x in expert.items() if n.endswith("kernel")}
+    return {n: np.float32(1e-4) * _mean_square(rng, size) for n, size in kernels.items()}
+
+
+def _block_fisher(rng, expert):
+    small = {n: x.size for n, x in expert.items() if n.endswith("bias")}
+    return {n: np.float32(1e-4) * _mean_square(rng, size) for n, size in small.items()}
+
+
+def _norm_square(rng, expert):
+    scales = {n: x.shape for n, x in expert.items() if n.endswith("scale")}
+    return {n: np.asarray(rng.random(shape), np.float32) for n, shape in scales.items()}
+
+
+def _mean_square(rng, size):
+    rows = rng.normal(size=(4 * size, size))
+    return np.asarray(rows.T @ rows / max(len(rows), 1), np.float32)
 
 
 def _mask(rng, expert):

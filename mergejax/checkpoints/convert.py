@@ -10,7 +10,7 @@ import numpy as np
 
 from mergejax.checkpoints import safetensors
 from mergejax.checkpoints.folder import open_model
-from mergejax.checkpoints.safetensors import CODES, Tensor
+from mergejax.checkpoints.safetensors import CODES, QUANTIZED, Tensor
 from mergejax.errors import MergeError, did_you_mean, raise_all, some
 
 FORMATS = {"safetensors": ".safetensors", "npz": ".npz", "msgpack": ".msgpack", "orbax": ""}
@@ -26,7 +26,8 @@ def convert(
     taken apart at each '/'.
 
     Args:
-        source: whatever a merge reads, a Flax msgpack file, or an Orbax folder.
+        source: whatever a merge reads, a Flax msgpack file, an Orbax folder, or a quantised model
+            (`mj.quantize.save`), which becomes an ordinary one.
         target: the file, or the folder for Orbax, to write; nothing may stand there.
         form: 'safetensors', 'npz', 'msgpack' or 'orbax'; by default what the target's name ends
             with, and Orbax for a name without ending.
@@ -84,11 +85,19 @@ def read(path: pathlib.Path) -> Arrays:
     """
     if path.suffix == ".msgpack":
         return _read_msgpack(path)
+    if path.suffix == ".safetensors" and _is_quantized(path):
+        from mergejax.quantize import dequantize, load
+
+        return {name: np.asarray(x) for name, x in dequantize(load(path)).items()}
     if path.is_dir() and any(path.glob("_METADATA")):
         from mergejax.checkpoints import orbax
 
         return _flat(orbax.restore(path))
     return {name: _mapped(tensor) for name, tensor in open_model(path).tensors.items()}
+
+
+def _is_quantized(path: pathlib.Path) -> bool:
+    return path.is_file() and safetensors.read_header(path)[1].get("format") == QUANTIZED
 
 
 def _mapped(tensor: Tensor) -> np.ndarray:

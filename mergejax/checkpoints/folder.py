@@ -96,7 +96,13 @@ def read_file(path: pathlib.Path) -> Mapping[str, Tensor]:
         return torch_files.read_torch(path)
     if path.suffix == ".npz":
         return npz.read_npz(path)
-    return safetensors.read_header(path)[0]
+    tensors, metadata = safetensors.read_header(path)
+    if metadata.get("format") == safetensors.QUANTIZED:
+        raise MergeError(
+            f"{path} is a quantised model; make an ordinary one of it first: "
+            f"mergejax convert {path.name} {path.stem}_whole.safetensors"
+        )
+    return tensors
 
 
 def _near(path: pathlib.Path) -> str:

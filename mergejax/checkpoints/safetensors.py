@@ -35,6 +35,7 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANKS = {code: rank for rank, code in enumerate(DTYPES)}
 _LONGEST = 100_000_000  # bytes of a header; the reference reader refuses longer ones
+QUANTIZED = "mergejax.quantize"  # the format of files of `mj.quantize.save`
 _POINTER = b"version https://git-lfs"
 
 

@@ -2,5 +2,6 @@
 
 from mergejax.collect.fisher import fisher
 from mergejax.collect.gram import gram
+from mergejax.collect.masks import localize
 
-__all__ = ["fisher", "gram"]
+__all__ = ["fisher", "gram", "localize"]

@@ -1,13 +1,9 @@
 """RegMean: the weights that reproduce every expert's layer outputs best, in closed form."""
 
-import jax
-import jax.numpy as jnp
-
 from mergejax.chains import by_stats, chain
 from mergejax.core import method, reduce
 from mergejax.hyper import Fraction, NonNegative
-from mergejax.leaves import as_matrix
-from mergejax.linalg.solve import safe_solve
+from mergejax.linalg.regression import on_layers, regress, shrunk
 from mergejax.methods.combine import mean
 from mergejax.methods.elect import per_expert
 
@@ -28,18 +24,15 @@ def gram_solve(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
     """
 
     def apply(ds, leaf, seen):
-        views = [as_matrix(d, leaf.layout) for d in ds]
-        experts = jnp.stack([matrix for matrix, _ in views])
-        grams = jnp.stack(leaf.stats["gram"]).astype(experts.dtype)
-        diagonal = jnp.eye(grams.shape[-1], dtype=grams.dtype)[None]
-        grams = jnp.stack(per_expert(weights, len(ds)))[:, None, None] * (
-            shrink * grams + (1 - shrink) * grams * diagonal
-        )
-        reference = experts[0] + (experts - experts[:1]).mean(0)
-        residual = jnp.einsum(
-            "nij,njk->ik", grams, experts - reference[None], precision=jax.lax.Precision.HIGHEST
-        )
-        return views[0][1](reference + safe_solve(grams.sum(0), residual))
+        shares = per_expert(weights, len(ds))
+        several = zip(shares, leaf.stats["gram"], strict=True)
+        grams = [w * shrunk(gram.astype(ds[0].dtype), shrink) for w, gram in several]
+
+        def merge(*experts):
+            middle = experts[0] + sum(w - experts[0] for w in experts) / len(experts)
+            return regress(experts, grams, middle)
+
+        return on_layers(merge, leaf.layout, *ds)
 
     return apply
 

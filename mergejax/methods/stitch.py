@@ -78,3 +78,52 @@ def localize_and_stitch(density: Density = 0.05):
     code keeps what is strictly above the k-th magnitude, one element less.
     """
     return chain(stitch(density))
+
+
+@reduce(elementwise=True, needs=("mask",))
+def stitch_given():
+    r"""Averages, element by element, the experts whose given mask has it.
+
+    .. math:: \tau_m=\frac{\sum_i m_i\tau_i}{\max(1,\sum_i m_i)}
+
+    Returns:
+        A reduction that reads the statistic 'mask' (0 or 1, of the leaf's shape).
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base = {'w': jnp.zeros(3)}
+        >>> experts = [{'w': jnp.full(3, x)} for x in (2.0, 4.0)]
+        >>> masks = [{'w': jnp.asarray(m)} for m in ([1, 1, 0], [0, 1, 0])]
+        >>> print(mj.merge(mj.stitch_given(), base, experts, stats={'mask': masks})['w'])
+        [2. 3. 0.]
+    """
+
+    def apply(ds, leaf, seen):
+        masks = [m.astype(ds[0].dtype) for m in leaf.stats["mask"]]
+        kept = sum(m * d for m, d in zip(masks, ds, strict=True))
+        return kept / jnp.maximum(sum(masks), 1)
+
+    return apply
+
+
+@method
+def localize_and_stitch_trained():
+    r"""Stitches the regions that were learned for each expert, averaged where they overlap.
+
+    .. math:: \theta=\theta_0+\frac{\sum_i m_i\odot\tau_i}{\max(1,\sum_i m_i)}
+
+    Returns:
+        A method that reads the statistic 'mask' (see `mj.collect.localize`).
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base = {'w': jnp.zeros(3)}
+        >>> experts = [{'w': jnp.full(3, x)} for x in (2.0, 4.0)]
+        >>> masks = [{'w': jnp.asarray(m)} for m in ([1, 1, 0], [0, 1, 0])]
+        >>> method = mj.localize_and_stitch_trained()
+        >>> print(mj.merge(method, base, experts, stats={'mask': masks})['w'])
+        [2. 3. 0.]
+
+    Localize-and-Stitch with learned masks (He et al., 2025, arXiv:2408.13656).
+    """
+    return chain(stitch_given())

@@ -27,6 +27,13 @@ from mergejax.step import (
 BLOCK = 2**18  # elements; a block of every expert stays in the processor's cache
 
 
+class Form(NamedTuple):
+    """The form of a leaf: as layers, or in blocks of so many elements, or else whole."""
+
+    layered: bool = False
+    block: int | None = None
+
+
 def run_leaf(
     placed: Sequence[Placed],
     leaf: Leaf,
@@ -115,6 +122,7 @@ def in_blocks(
     leaf: Leaf,
     experts: Sequence[Array],
     due: Due | None,
+    block: int,
 ) -> Piece:
     """A large leaf of an elementwise chain, block by block.
 
@@ -123,33 +131,33 @@ def in_blocks(
     shape, size = experts[0].shape, experts[0].size
     arrays = (leaf.base, list(experts), leaf.stats)
     flat = jax.tree.map(lambda x: x.reshape(-1), arrays)
-    count = size // BLOCK
+    count = size // block
 
     def run(number: Array, length: int) -> Piece:
         base, several, stats = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, number * BLOCK, length), flat
+            lambda x: jax.lax.dynamic_slice_in_dim(x, number * block, length), flat
         )
-        word = number.astype(jnp.uint32)
-        start = jnp.stack([word * jnp.uint32(BLOCK), word >> jnp.uint32(14)])
+        first = number.astype(jnp.uint32) * jnp.uint32(block)
+        start = jnp.stack([first, jnp.uint32(0)])  # leaves in blocks have less than 2^31 elements
         return piece(leaf.replace(base=base, stats=stats, start=start), several)
 
     def place(number: Array, length: int, whole: Piece) -> Piece:
-        block = run(number, length)
+        now = run(number, length)
         if due is not None:
-            found = jax.tree.map(jnp.add, whole.found, block.found)
+            found = jax.tree.map(jnp.add, whole.found, now.found)
         else:
-            several = zip(whole.found, block.found, strict=True)
+            several = zip(whole.found, now.found, strict=True)
             put = jax.lax.dynamic_update_slice_in_dim
-            found = [put(all_of_it, part, number * BLOCK, 0) for all_of_it, part in several]
-        largest = jnp.maximum(whole.largest, block.largest)  # a NaN stays one
-        return Piece(found, whole.counts | block.counts, largest)
+            found = [put(all_of_it, part, number * block, 0) for all_of_it, part in several]
+        largest = jnp.maximum(whole.largest, now.largest)  # a NaN stays one
+        return Piece(found, whole.counts | now.counts, largest)
 
-    shapes = jax.eval_shape(lambda number: run(number, BLOCK), jnp.int32(0))
+    shapes = jax.eval_shape(lambda number: run(number, block), jnp.int32(0))
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     if due is None:
         start = start._replace(found=[jnp.zeros(size, x.dtype) for x in shapes.found])
-    whole = jax.lax.fori_loop(0, count, lambda number, out: place(number, BLOCK, out), start)
-    if rest := size - count * BLOCK:
+    whole = jax.lax.fori_loop(0, count, lambda number, out: place(number, block, out), start)
+    if rest := size - count * block:
         whole = place(jnp.int32(count), rest, whole)
     return (
         whole if due is not None else whole._replace(found=[x.reshape(shape) for x in whole.found])

@@ -76,7 +76,7 @@ def _program(
     seed: Array,
     seen: Seen,
     *,
-    runner: str,
+    form: forms.Form,
     due: Due | None,
     count: str,
     dtype: Any,
@@ -89,7 +89,7 @@ def _program(
     arrays.
     """
     leaf = leaf.replace(key=fold_key(leaf.key, seed))
-    run = forms.run_layers if runner == "layers" else forms.run_leaf
+    run = forms.run_layers if form.layered else forms.run_leaf
 
     def piece(leaf: Leaf, experts: Sequence[Array]) -> forms.Piece:
         found = run(placed, leaf, experts, names, seen, local, due, part)
@@ -102,9 +102,10 @@ def _program(
         changed = [jnp.any(expert != leaf.base) for expert in experts]
         return forms.Piece(found, jnp.any(jnp.stack(changed)), largest)
 
-    whole = (
-        piece(leaf, experts) if runner != "blocks" else forms.in_blocks(piece, leaf, experts, due)
-    )
+    if form.block is None:
+        whole = piece(leaf, experts)
+    else:
+        whole = forms.in_blocks(piece, leaf, experts, due, form.block)
     if due is None:
         return whole
     found = jax.tree.map(lambda x: jnp.where(whole.counts, x, jnp.zeros_like(x)), whole.found)
@@ -146,7 +147,7 @@ def _narrow(x: Any) -> np.ndarray:
 
 
 LEAFWISE = Arithmetic(
-    program=jax.jit(_program, static_argnames=("runner", "due", "count", "dtype", "part", "check")),
+    program=jax.jit(_program, static_argnames=("form", "due", "count", "dtype", "part", "check")),
     alike=False,
     total=_host_total,
     size=lambda counts, size: size if bool(counts) else 0,
@@ -189,15 +190,15 @@ def _key(info: LeafInfo) -> np.ndarray:
     return np.stack([name_key(info.name, str(layer)) for layer in range(info.layers)])
 
 
-def _runner(placed: Sequence[Placed], info: LeafInfo, values: Values, part: str) -> str:
+def _form(placed: Sequence[Placed], info: LeafInfo, values: Values, part: str) -> forms.Form:
     if info.layers is not None:
-        return "layers"
+        return forms.Form(layered=True)
     whole = [x for x in values.experts if isinstance(x, jax.Array) and not hyper.is_traced(x)]
     spread = any(len(x.sharding.device_set) > 1 for x in whole)
     elementwise = _is_elementwise(placed)
     # Places in a leaf are int32 inside the loop over its blocks.
     large = part == "all" and 2 * forms.BLOCK < info.size < 2**31
-    return "blocks" if elementwise and large and not spread else "leaf"
+    return forms.Form(block=forms.BLOCK if elementwise and large and not spread else None)
 
 
 def execute(
@@ -243,14 +244,14 @@ def execute(
             if dues is not None and unit[0].name not in dues:
                 continue
             due = None if dues is None else dues[unit[0].name]
-            runner, *arguments = _arguments(plan, stages, unit, load, settings, arithmetic)
+            form, *arguments = _arguments(plan, stages, unit, load, settings, arithmetic)
             try:
                 found, counts, largest = arithmetic.program(
                     *arguments,
                     names,
                     seed,
                     seen,
-                    runner=runner,
+                    form=form,
                     due=due,
                     count=settings.count,
                     dtype=jax.dtypes.canonicalize_dtype(settings.dtype or unit[0].dtype),
@@ -313,10 +314,11 @@ def _arguments(
         placed = stages[id(plan.placed[info.name])]
         gathered.append((placed, leaf, list(values.experts), local))
     if len(unit) == 1:
-        return _runner(plan.placed[unit[0].name], unit[0], values, settings.part), *gathered[0]
+        return _form(plan.placed[unit[0].name], unit[0], values, settings.part), *gathered[0]
     together, leaf, experts, local = jax.tree.map(lambda *xs: jnp.stack(xs), *gathered)
     first = gathered[0][1]
-    return "layers", together, leaf.replace(expert=first.expert, start=first.start), experts, local
+    layers = forms.Form(layered=True)
+    return layers, together, leaf.replace(expert=first.expert, start=first.start), experts, local
 
 
 def _as_data(placed: Sequence[Placed]) -> list[Placed]:

@@ -50,9 +50,6 @@ def tiny_blocks(monkeypatch):
     import mergejax.forms
 
     monkeypatch.setattr(mergejax.forms, "BLOCK", 5)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
 
 
 def _by_reason(reports, pattern):

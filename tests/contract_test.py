@@ -20,6 +20,9 @@ _BLOCK = {"kernel": (4, 8), "bias": (8,)}
 SHAPES = {"embed": {"bias": (8,)}, "out": {"kernel": (4, 8)}} | {
     f"block_{i}": _BLOCK for i in range(3)
 }
+# For what is compiled as one program, or for every type.
+FEWER = {"embed": {"bias": (8,)}, "block_0": _BLOCK, "block_1": {"kernel": (4, 8)}}
+KERNELS = {f"block_{i}": {"kernel": (4, 8)} for i in range(2)}
 
 
 @pytest.fixture(params=METHODS)
@@ -32,10 +35,10 @@ def count_of(name, fewest=False):
     return entry.experts or (entry.at_least if fewest else 3)
 
 
-def inputs(name, dtype="float32", count=None):
+def inputs(name, dtype="float32", count=None, shapes=SHAPES):
     """A method with its defaults, a base, experts, and statistics of whatever it needs."""
     chain = trees.chain_of(name)
-    base, experts = trees.models(count or count_of(name), dtype, SHAPES)
+    base, experts = trees.models(count or count_of(name), dtype, shapes)
     return chain, base, experts, trees.statistics(chain.needs, experts)
 
 
@@ -62,8 +65,20 @@ def is_random(name):
 # Executors ----------------------------------------------------------------------------------------
 
 
-def test_leafwise_equals_one_traced_function(name):
-    chain, base, experts, stats = inputs(name)
+def test_leafwise_equals_one_traced_function_of_models_and_numbers(name):
+    chain, base, experts, stats = inputs(name, shapes=FEWER)
+
+    @jax.jit
+    def traced(numbers, base, experts):
+        return mj.merge(trees.chain_of(name, **numbers), base, experts, stats=stats)
+
+    expected = mj.merge(chain, base, experts, stats=stats)
+    trees.close(traced(numbers_of(name), base, experts), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_leafwise_equals_a_traced_function_of_the_models_alone(name):
+    chain, base, experts, stats = inputs(name, shapes=FEWER)
     traced = jax.jit(lambda base, experts: mj.merge(chain, base, experts, stats=stats))
     trees.close(traced(base, experts), mj.merge(chain, base, experts, stats=stats), atol=2e-6)
 
@@ -96,7 +111,6 @@ def test_blocks_equal_whole_leaves(name, tiny_blocks):
     in_blocks = mj.merge(chain, base, experts, stats=stats)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mj.forms, "BLOCK", 2**18)
-        jax.clear_caches()
         trees.close(in_blocks, mj.merge(chain, base, experts, stats=stats), atol=2e-6)
 
 
@@ -208,18 +222,6 @@ def test_scaling_all_deltas_scales_the_merged_delta(name):
 # Numbers as data ----------------------------------------------------------------------------------
 
 
-def test_float_hyperparameters_may_be_traced(name):
-    numbers = numbers_of(name)
-    _, base, experts, stats = inputs(name)
-
-    @jax.jit
-    def traced(numbers):
-        return mj.merge(trees.chain_of(name, **numbers), base, experts, stats=stats)
-
-    expected = mj.merge(trees.chain_of(name), base, experts, stats=stats)
-    trees.close(traced(numbers), expected, atol=2e-6)
-
-
 @pytest.fixture
 def compiled(caplog):
     """Counts the programs that a call compiles."""
@@ -234,9 +236,7 @@ def compiled(caplog):
 
 
 def test_neither_a_second_call_nor_another_number_compiles_again(name, compiled):
-    chain = trees.chain_of(name)
-    base, experts = trees.models(count_of(name), shapes={"kernel": (2, 9)})
-    stats = trees.statistics(chain.needs, experts)
+    chain, base, experts, stats = inputs(name)
     merge = lambda method: mj.merge(method, base, experts, stats=stats)
     merge(chain)
     assert compiled(lambda: merge(chain)) == 0
@@ -256,7 +256,7 @@ def test_other_weights_compile_nothing(compiled):
 
 
 def test_the_type_that_comes_in_goes_out_rounded_once(name):
-    chain, base, experts, stats = inputs(name, "bfloat16")
+    chain, base, experts, stats = inputs(name, "bfloat16", shapes=KERNELS)
     merged = mj.merge(chain, base, experts, stats=stats)
     wide = jax.tree.map(lambda x: x.astype(np.float32), (base, experts))
     exact = mj.merge(chain, *wide, stats=stats)

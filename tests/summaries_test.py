@@ -147,14 +147,12 @@ def test_threshold_of_a_whole_model_equals_a_sort(parts, density):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "denormal"])
 def test_threshold_of_a_whole_model_in_blocks_equals_a_sort(kind, monkeypatch):
     monkeypatch.setattr(mergejax.forms, "BLOCK", 10_000)
-    jax.clear_caches()
     rng = np.random.default_rng(1)
     parts = {f"leaf_{i}": large(kind, 33_001, rng) for i in range(2)}
     for density in (0.001, 0.2, 0.77, 1.0):
         got, expected = trimmed(parts, density), expected_trim(parts, density)
         for name, x in expected.items():
             np.testing.assert_array_equal(got[name], x)
-    jax.clear_caches()
 
 
 @settings(max_examples=60)

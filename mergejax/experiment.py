@@ -57,6 +57,7 @@ def run(
     fingerprint.check(config, folder, {**tasks, **held_out})
     job = preflight.job(config, folder, tasks, book, held_out)
     preflight.check(job, planned)
+    preflight.check_compressions(job)
     book.keep(folder / LOG)
     fingerprint.write_json(folder / CONFIG, _shown(config, origin))
     missing, notes = preflight.pending(job, planned)
@@ -66,6 +67,7 @@ def run(
             book.log(sentence)
         trial.marks(job, trained)
         trial.merges(job, trained, missing, compiled)
+    trial.compressions(job, trained)
     return _finish(job, trained, _scaling(job, trained))
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import ml_collections
+import numpy as np
 from flax import traverse_util
 
-from mergejax import api, calibration, errors, registry, search, train, workdir
+from mergejax import api, calibration, compress, errors, registry, search, train, workdir
 from mergejax.data import corrupt
 from mergejax.data.task import Task
 from mergejax.eval import predict
@@ -241,6 +242,22 @@ def check(run: Job, planned: Plan) -> None:
                 f"'{chain}' leaves one model per expert; end it with a reduction such as mean(), "
                 "total() or a named method"
             )
+    errors.raise_all(problems)
+
+
+def check_compressions(run: Job) -> None:
+    """Refuses what `config.compressions` names and cannot compress deltas.
+
+    Raises:
+        MergeError: names each of them.
+    """
+    problems = []
+    delta = {"kernel": np.ones([2, 2], np.float32)}
+    for text in run.config.get("compressions", ()):
+        try:
+            compress.encode(text, len(run.tasks) * [delta])
+        except errors.MergeError as error:
+            problems.append(f"config.compressions: {error}")
     errors.raise_all(problems)
 
 

@@ -4,13 +4,14 @@ Each model leaves one record in the workdir as soon as it is measured, and is no
 while the settings that it came from are the same.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
-from mergejax import api, calibration, search, train, workdir
+from mergejax import api, calibration, compress, search, train, workdir
 from mergejax.eval import memory, predict, report
 from mergejax.preflight import Compiled, Job, Plan, Record, Tree, needs
 
@@ -76,6 +77,43 @@ def merges(job: Job, trained: train.Trained, missing: Plan, compiled: Compiled) 
             record = _merge(job, trained, name, chains, programs, stats, advance)
             workdir.write_record(job.results, record)
             job.reporter.log(_told(record))
+
+
+def compressions(job: Job, trained: train.Trained) -> None:
+    """Measures what keeps a model for each task, in fewer bytes, as `config.compressions` says."""
+    known = workdir.read_records(job.results)
+    asked = [
+        text
+        for text in job.config.get("compressions", ())
+        if known.get(text, {}).get("examined") != job.examined
+    ]
+    if not asked:
+        return
+    head = predict.join_heads(trained.heads, job.names)
+    deltas = compress.deltas(trained.base, list(trained.experts.values()))
+    # There is no model for tasks that nobody learned.
+    own = dataclasses.replace(job, exams={k: v for k, v in job.exams.items() if k != "held_out"})
+    with job.reporter.progress("compress the experts", len(asked)) as advance:
+        for text in asked:
+            packed = compress.encode(text, deltas)
+            bodies = compress.restore(trained.base, packed)
+            whole = _stored(trained.base)["stored_bytes"]
+            record = {
+                "name": text,
+                "kind": "compressed",
+                "chain": text,
+                "given": False,
+                "stored_bytes": whole + compress.size(packed).payload,
+                **_accuracy(
+                    own,
+                    lambda images, bodies=bodies: predict.own_right(
+                        job.model, bodies, head, images
+                    ),
+                ),
+                "examined": job.examined,
+            }
+            workdir.write_record(job.results, record)
+            advance(1)
 
 
 def statistics(

@@ -41,6 +41,7 @@ def small(**changes):
     config.training.multi_task.steps = 25
     config.robustness = {"corruptions": ("noise", "contrast"), "images": 50}
     config.scaling = {"counts": (2, 3), "methods": ("average",)}
+    config.compressions = ("emr()",)
     config.search.ties = {"density": (0.3, 1.0), "scaling": (0.5, 1.0)}
     config.update(changes)
     return config.lock()
@@ -63,7 +64,7 @@ def story(tmp_path_factory):
 
 
 def test_finished_cells_are_not_run_twice(story):
-    assert len(story["kept"]) == 10
+    assert len(story["kept"]) == 11
     assert all(path.stat().st_mtime_ns == moment for path, moment in story["kept"].items())
 
 
@@ -74,7 +75,7 @@ def test_every_model_has_mean_and_spread_of_all_that_is_measured(story):
     assert both["corruptions"] == ["noise", "contrast"]
     rows = {row["name"]: row for row in both["models"]}
     assert {row["kind"] for row in rows.values()} == {
-        "base", "expert", "own", "merge", "ensemble", "multi_task",
+        "base", "expert", "own", "merge", "compressed", "ensemble", "multi_task",
     }  # fmt: skip
     for row in rows.values():
         assert set(row["accuracy"]) == set(TASKS)
@@ -85,6 +86,10 @@ def test_every_model_has_mean_and_spread_of_all_that_is_measured(story):
     assert 0.0 < average["held_out"]["mean"] < 1.0
     assert ensemble["stored_bytes"]["mean"] == len(TASKS) * average["stored_bytes"]["mean"]
     assert rows["ties"]["settings"] == 4
+    assert average["stored_bytes"]["mean"] < rows["emr()"]["stored_bytes"]["mean"]
+    assert rows["emr()"]["stored_bytes"]["mean"] < ensemble["stored_bytes"]["mean"]
+    assert rows["emr()"]["held_out"] is None
+    assert rows["emr()"]["corrupted"]["count"] == 2
     assert story["first"]["models"][0]["mean"]["count"] == 1
 
 
@@ -94,7 +99,7 @@ def test_lines_add_up_to_the_summary(story):
     assert {line["part"] for line in lines} == {"test", "held_out", "noise", "contrast"}
     for row in story["both"]["models"]:
         for part, key in (("test", "mean"), ("held_out", "held_out")):
-            if row["kind"] == "own" and part == "held_out":
+            if row["kind"] in ("own", "compressed") and part == "held_out":
                 assert row[key] is None
                 continue
             own = [x for x in lines if x["model"] == row["name"] and x["part"] == part]
@@ -146,6 +151,7 @@ def test_the_page_needs_nothing_but_itself(story):
         ({"seeds": ()}, "config.seeds must be one or more different integers"),
         ({"seeds": (1, 1)}, "config.seeds must be one or more different integers"),
         ({"name": "another"}, "holds results of the suite 'digits, small', not of 'another'"),
+        ({"compressions": ("ties()",)}, "config.compressions: "),
         ({"robustness": {"corruptions": ("nois",), "images": 5}}, "did you mean 'noise'"),
     ],
 )

@@ -85,6 +85,8 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
         "counts": (2, 3, 4, 5, 6, 7, 8),
         "methods": ("average", "task_arithmetic", "ties", "regmean"),
     }
+    # A model for each task in fewer bytes; what they store is in the table.
+    config.compressions = ("tall_masks()", "emr()", "tsv_compress()")
     config.search = search.grids(limit=4)  # the budget: values to try on validation
     if args.small:
         config.model.update(SMALL[args.model])

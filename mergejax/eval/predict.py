@@ -146,6 +146,22 @@ def ensemble_right(
     return jnp.argmax(total, axis=1) == images.labels
 
 
+def own_right(model: nn.Module, bodies: Sequence[Tree], head: Tree, images: Bundle) -> jax.Array:
+    """As `right`, each image by the body of its own task.
+
+    Args:
+        model: the bodies' module.
+        bodies: their parameters, in the order of the tasks.
+        head: what `join_heads` returned.
+        images: what `bundle` returned, of these tasks only.
+
+    Returns:
+        bool [n].
+    """
+    each = jnp.stack([right(model, body, head, images) for body in bodies])
+    return jnp.take_along_axis(each, jnp.asarray(images.tasks)[None], axis=0)[0]
+
+
 def by_task(right: np.ndarray, images: Bundle, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Cuts one value per image, [n], into the images of each task, by name; some may have none."""
     counts = np.bincount(images.tasks, minlength=len(names))

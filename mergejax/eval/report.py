@@ -11,7 +11,7 @@ from mergejax.eval import metrics
 
 Record = Mapping[str, Any]
 OWN = "experts on their own tasks"
-ORDER = ("base", "expert", "own", "merge", "ensemble", "multi_task")
+ORDER = ("base", "expert", "own", "merge", "compressed", "ensemble", "multi_task")
 
 
 def encode(right: np.ndarray) -> str:

@@ -61,8 +61,11 @@ def summarise(name: str, found: Mapping[int, Results]) -> dict[str, Any]:
                   for name, task in first["tasks"].items()},
         "held_out": list(exams.get("held_out", {})),
         "corruptions": [kind for kind in exams if kind != "held_out"],
-        "models": [marks["base"], *experts, marks["own"], *merges]
-        + [marks[kind] for kind in ("ensemble", "multi_task")],
+        "models": [
+            *[marks["base"], *experts, marks["own"], *merges],
+            *(row for row in rows if row["kind"] == "compressed"),
+            *[marks["ensemble"], marks["multi_task"]],
+        ],
         "scaling": _scaling([results["scaling"] for results in found.values()]),
         "conflict": _conflict([results["conflict"] for results in found.values()]),
     }  # fmt: skip

@@ -98,18 +98,17 @@ def compressions(job: Job, trained: train.Trained) -> None:
             packed = compress.encode(text, deltas)
             bodies = compress.restore(trained.base, packed)
             whole = _stored(trained.base)["stored_bytes"]
+
+            def right(images: predict.Bundle, bodies: Sequence[Tree] = bodies) -> jax.Array:
+                return predict.own_right(job.model, bodies, head, images)
+
             record = {
                 "name": text,
                 "kind": "compressed",
                 "chain": text,
                 "given": False,
                 "stored_bytes": whole + compress.size(packed).payload,
-                **_accuracy(
-                    own,
-                    lambda images, bodies=bodies: predict.own_right(
-                        job.model, bodies, head, images
-                    ),
-                ),
+                **_accuracy(own, right),
                 "examined": job.examined,
             }
             workdir.write_record(job.results, record)

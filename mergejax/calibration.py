@@ -153,4 +153,12 @@ def _gram(source: Source, advance: Advance) -> Tree:
     return traverse_util.unflatten_dict(grams, sep="/")
 
 
-COLLECTORS = {"fisher": _fisher, "gram": _gram}
+def _norm_square(source: Source, advance: Advance) -> Tree:
+    trained, name = source.trained, source.name
+    found = collect.norm_square(
+        trained.model, trained.experts[name], source.batches, progress=advance
+    )
+    return traverse_util.unflatten_dict(found, sep="/")
+
+
+COLLECTORS = {"fisher": _fisher, "gram": _gram, "norm_square": _norm_square}

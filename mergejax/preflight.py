@@ -130,9 +130,11 @@ def job(
         reason = str(error).strip().splitlines()[0]
         raise errors.MergeError(f"config.model cannot be built: {reason}") from error
 
+    flat = traverse_util.flatten_dict(base)
+    norms = {path: leaf for path, leaf in flat.items() if path[-1] == "scale"}
     grams = {
         path: jax.ShapeDtypeStruct(2 * (math.prod(leaf.shape[:-1]),), leaf.dtype)
-        for path, leaf in traverse_util.flatten_dict(base).items()
+        for path, leaf in flat.items()
         if path[-1] == "kernel"
     }
 
@@ -145,7 +147,11 @@ def job(
         base=base,
         head=jax.eval_shape(lambda heads: predict.join_heads(heads, list(every)), heads),
         held_out=dict(held_out or {}),
-        stats={"fisher": base, "gram": traverse_util.unflatten_dict(grams)},
+        stats={
+            "fisher": base,
+            "gram": traverse_util.unflatten_dict(grams),
+            "norm_square": traverse_util.unflatten_dict(norms),
+        },
         validation=predict.bundle([t.validation for t in tasks.values()], list(classes.values())),
         test=predict.bundle([t.test for t in tasks.values()], list(classes.values())),
         exams=_exams(config, tasks, held_out or {}, list(classes.values())),

@@ -1,10 +1,162 @@
-"""Merges that are more than a chain: what a study does to get each of them."""
+"""Merges that are more than a chain: what a study does to get each of them.
+
+Each takes a job, its trained models and the calibration settings, and returns what tells which
+images are classified rightly, and a text with the setting. Images are those of training; strengths
+are chosen on validation.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Right = Callable[[Any], Any]
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
 
-# By name: (job, trained, calibration settings) -> what tells which images are classified rightly,
-# and a text with the setting.
-PROCEDURES: Mapping[str, Callable[..., tuple[Right, str]]] = {}
+from mergejax import api, calibration, collect, preflight, quantize, representation, train
+from mergejax.eval import predict
+
+Tree = Any
+Right = Callable[[predict.Bundle], Any]
+HOST = "task_arithmetic(scaling=0.3)"  # the merge that is corrected or quantised
+
+
+def _host(job: preflight.Job, trained: train.Trained) -> Tree:
+    return api.merge(HOST, trained.base, list(trained.experts.values()))
+
+
+def _features(job: preflight.Job, body: Tree, images: Any) -> jax.Array:
+    return jax.jit(lambda p, x: job.model.apply({"params": p}, x))(body, jnp.asarray(images))
+
+
+def _representations(
+    job: preflight.Job, trained: train.Trained, settings: ml_collections.ConfigDict
+) -> tuple[Tree, dict[str, tuple[jax.Array, jax.Array]]]:
+    """The host, and by task its and the expert's representations of calibration images."""
+    body = _host(job, trained)
+    images = {n: task.train.images[: settings.examples] for n, task in job.tasks.items()}
+    both = {
+        n: (_features(job, body, x), _features(job, trained.experts[n], x))
+        for n, x in images.items()
+    }
+    return body, both
+
+
+def _per_task(job: preflight.Job, body: Tree, heads: Mapping[str, Tree], edit: Any) -> Right:
+    """Classifies each task's images by its own head, behind its own correction."""
+
+    def right(images: predict.Bundle) -> np.ndarray:
+        z = _features(job, body, images.images)
+        first, found = 0, np.zeros(len(images.labels), bool)
+        for index, name in enumerate(job.tasks):
+            mine = images.tasks == index
+            scores = edit(name, z[mine]) @ heads[name]["kernel"] + heads[name]["bias"][None, :]
+            found[mine] = np.asarray(scores.argmax(1)) + first == images.labels[mine]
+            first += heads[name]["bias"].shape[0]
+        return found
+
+    return right
+
+
+def react(
+    job: preflight.Job, trained: train.Trained, settings: ml_collections.ConfigDict
+) -> tuple[Right, str]:
+    """ReACT with equal preferences: one correction for all tasks."""
+    body, both = _representations(job, trained, settings)
+    found = representation.correction([z for z, _ in both.values()], [y for _, y in both.values()])
+    matrix = representation.correct(found, [1.0] * len(both))
+    heads = {name: representation.absorb(head, matrix) for name, head in trained.heads.items()}
+    joined = predict.join_heads(heads, list(job.tasks))
+    return lambda images: predict.right(job.model, body, joined, images), f"{HOST}, beta=0.1"
+
+
+def surgery(
+    job: preflight.Job, trained: train.Trained, settings: ml_collections.ConfigDict
+) -> tuple[Right, str]:
+    """Representation Surgery, on training images; each task has its adapter."""
+    body, both = _representations(job, trained, settings)
+    adapters = {name: representation.adapt(z, y)[0] for name, (z, y) in both.items()}
+    edit = lambda name, z: representation.operate(adapters[name], z)
+    return _per_task(job, body, trained.heads, edit), f"{HOST}, rank=16"
+
+
+def localized(
+    job: preflight.Job, trained: train.Trained, settings: ml_collections.ConfigDict
+) -> tuple[Right, str]:
+    """Localize-and-Stitch with learned masks, by Adam."""
+    masks = []
+    for name, task in job.tasks.items():
+        head = trained.heads[name]
+
+        def loss(body: Tree, batch: Any, head: Tree = head) -> jax.Array:
+            scores = train.logits(job.model, body, head, batch[0])
+            return optax.softmax_cross_entropy_with_integer_labels(scores, batch[1]).mean()
+
+        batch = (task.train.images[: settings.examples], task.train.labels[: settings.examples])
+        mask, _ = collect.localize(
+            loss,
+            trained.base,
+            trained.experts[name],
+            [batch],
+            density=0.1,
+            steepness=3.0,
+            epochs=50,
+            l1=1.0,
+            optimizer=optax.adam(0.1),
+        )
+        masks.append(mask)
+    stats = {"mask": masks}
+    method = "localize_and_stitch_trained()"
+    body = api.merge(method, trained.base, list(trained.experts.values()), stats=stats)
+    head = predict.join_heads(trained.heads, list(job.tasks))
+    return lambda images: predict.right(job.model, body, head, images), "Adam, 50 steps"
+
+
+def _quantised(kind: str, bits: int) -> Callable[..., tuple[Right, str]]:
+    def procedure(
+        job: preflight.Job, trained: train.Trained, settings: ml_collections.ConfigDict
+    ) -> tuple[Right, str]:
+        body, experts = _host(job, trained), list(trained.experts.values())
+        chosen = ""
+        if kind == "nearest":
+            found = [(quantize.round_to_nearest(body, bits=bits), "")]
+        else:
+            stats = calibration.statistics(
+                ["gram"], settings, job.tasks, trained, job.folder, job.reporter
+            )
+            pooled = jax.tree.map(lambda *gs: sum(gs) / len(gs), *stats["gram"])
+            if kind == "gptq":
+                found = [(quantize.gptq(body, pooled, bits=bits), "")]
+            else:
+                found = [
+                    (
+                        quantize.expert_guided(
+                            body, experts, stats["gram"], anchor=anchor, bits=bits
+                        ),
+                        f", anchor={anchor}",
+                    )
+                    for anchor in (0.01, 0.1, 1.0)
+                ]
+        head = predict.join_heads(trained.heads, list(job.tasks))
+
+        def right(model: quantize.Quantized) -> Right:
+            whole = quantize.dequantize(model, like=body)
+            return lambda images: predict.right(job.model, whole, head, images)
+
+        scores = [float(np.mean(np.asarray(right(m)(job.validation)))) for m, _ in found]
+        best, chosen = found[int(np.argmax(scores))]
+        return right(best), f"{HOST}, {bits} bits{chosen}"
+
+    return procedure
+
+
+PROCEDURES: Mapping[str, Callable[..., tuple[Right, str]]] = {
+    "react": react,
+    "surgery": surgery,
+    "localize_and_stitch_trained": localized,
+    "nearest_4_bits": _quantised("nearest", 4),
+    "gptq_4_bits": _quantised("gptq", 4),
+    "e_pmq_4_bits": _quantised("guided", 4),
+    "e_pmq_8_bits": _quantised("guided", 8),
+}

@@ -65,16 +65,16 @@ def _seed(
         planned += [(name, examples) for name in (*methods, *config.study.procedures)]
     for name, examples in planned:
         key = f"{name}@{examples}"
-        if key in known or not set(_needs(config.study.methods.get(name, ()))) <= set(
-            calibration.COLLECTORS
-        ):
+        settings = list(config.study.methods.get(name, ()))
+        if key in known and known[key]["settings"] == settings:
             continue
         found = _measured(job, trained, name, examples)
-        known[key] = {"seed": config.seed, "method": name, "examples": examples, **found}
+        facts = {"seed": config.seed, "method": name, "examples": examples}
+        known[key] = {**facts, "settings": settings, **found}
         fingerprint.write_json(folder / RECORDS, known)
         mean = 100 * float(np.mean(list(found["test"].values())))
         book.log(f"seed {config.seed}, {name} {examples}: {mean:.1f} % ({found['chain']})")
-    return list(known.values())
+    return [known[f"{name}@{examples}"] for name, examples in planned]
 
 
 def _needs(chains: Sequence[str]) -> list[str]:

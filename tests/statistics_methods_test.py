@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import reference_statistics as reference
 import trees
@@ -54,3 +55,137 @@ def test_equals_its_restatement(count, method, restated, options):
     # Conjugate gradients end at 1e-7 of the residual, times the condition of the Fisher's floor.
     loose = 1e-3 if options.get("operator") == "fisher" else 2e-5
     trees.close(got, expected, rtol=3e-6, atol=loose)
+
+
+# What is stated as a minimum is one ---------------------------------------------------------------
+
+
+def drift(w, targets, grams):
+    return sum(np.trace((w - t).T @ g @ (w - t)) for t, g in zip(targets, grams, strict=True))
+
+
+def layer(expert):
+    return np.asarray(expert["block_0"]["dense"]["kernel"], np.float64)
+
+
+@pytest.mark.parametrize("method", ["lot(scaling=1.0)", "mats(steps=500)", "regmean(shrink=1.0)"])
+def test_the_result_is_a_minimum_of_the_drift(method):
+    base, experts, stats = inputs(3)
+    chain = mj.parse(method)
+    merged = mj.merge(chain, base, experts, stats={n: stats[n] for n in chain.needs})
+    w, targets = layer(merged), [layer(expert) for expert in experts]
+    grams = [g["block_0/dense/kernel"].astype(np.float64) for g in stats["gram"]]
+    slope = sum(g @ (w - t) for g, t in zip(grams, targets, strict=True))
+    size = np.linalg.norm(sum(g @ t for g, t in zip(grams, targets, strict=True)))
+    assert np.linalg.norm(slope) < 1e-5 * size
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        other = w + 1e-2 * rng.normal(size=w.shape)
+        assert drift(other, targets, grams) > drift(w, targets, grams)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["lot(scaling=1.0)", "mats()", "regmean(shrink=1.0)", "total()|scale(0.5)|anchored_solve(0.0)"],
+)
+def test_few_rows_stay_finite_and_beat_the_average(method):
+    base, experts, _ = inputs(2)
+    rng = np.random.default_rng(1)
+    rows = [rng.normal(size=(2, 5)) for _ in experts]  # of 5 features
+    grams = [np.float32(x.T @ x / 2) for x in rows]
+    chain = mj.parse(f"by_stats(gram={method}, otherwise=mean())") if "|" in method else None
+    chain = chain or mj.parse(method)
+    stats = {"gram": [{"block_0/dense/kernel": g} for g in grams], "norm_square": [{}, {}]}
+    merged = mj.merge(chain, base, experts, stats={n: stats[n] for n in chain.needs})
+    w, targets = layer(merged), [layer(expert) for expert in experts]
+    average = np.mean(targets, axis=0)
+    assert np.isfinite(w).all()
+    assert drift(w, targets, grams) < 0.5 * drift(average, targets, grams)
+    assert np.linalg.norm(w - average) < 10 * np.linalg.norm(targets[0] - targets[1])
+
+
+def test_bayesian_limits_are_the_regression_and_the_anchor():
+    base, experts, stats = inputs(3)
+    stats = {"gram": stats["gram"]}
+    merge = lambda method: trees.flat(mj.merge(method, base, experts, stats=stats))
+    kernel = "block_1/dense/kernel"
+    unit = [{n: g / np.linalg.norm(g) for n, g in tree.items()} for tree in stats["gram"]]
+    solved = mj.merge("regmean(shrink=1.0)", base, experts, stats={"gram": unit})
+    free = merge("bayesian(ridge=0.0)")[kernel]
+    np.testing.assert_allclose(free, trees.flat(solved)[kernel], atol=2e-5)
+    anchor = trees.flat(mj.merge("task_arithmetic(0.3)", base, experts))[kernel]
+    np.testing.assert_allclose(merge("bayesian(ridge=1e6)")[kernel], anchor, atol=1e-5)
+
+
+def test_frobenius_weights_are_the_regression_with_multiples_of_the_identity():
+    """FroM next to RegMean: Gram matrices |delta|^2 I."""
+    base, experts, _ = inputs(3)
+    deltas = [layer(expert) - layer(base) for expert in experts]
+    name = "block_0/dense/kernel"
+    grams = [{name: np.float32((d**2).sum() * np.eye(5))} for d in deltas]
+    got = mj.merge("frobenius_weighted(power=2.0)", base, experts)
+    expected = mj.merge("regmean()", base, experts, stats={"gram": grams})
+    np.testing.assert_allclose(layer(got), layer(expected), atol=1e-5)
+
+
+def test_kfac_with_identical_output_sides_is_the_regression():
+    base, experts, stats = inputs(2)
+    sides = [
+        {n: np.eye(len(g), dtype=np.float32) for n, g in t.items()} for t in stats["output_gram"]
+    ]
+    got = mj.merge(
+        mj.mats(operator="kfac", steps=500),
+        base,
+        experts,
+        stats={"gram": stats["gram"], "output_gram": sides},
+    )
+    expected = mj.merge("regmean(shrink=1.0)", base, experts, stats={"gram": stats["gram"]})
+    np.testing.assert_allclose(layer(got), layer(expected), atol=2e-5)
+
+
+def test_cat_without_trimming_is_task_arithmetic_and_trims_to_nothing_seen():
+    base, experts, stats = inputs(3)
+    read = {n: stats[n] for n in ("gram", "norm_square")}
+    whole = mj.merge("task_arithmetic(0.4)", base, experts)
+    for method in (
+        "cat(directions=0, norm_count=0, bias_count=0)",
+        "cat(penalty=1e6, norm_penalty=1e6, bias_count=0)",
+    ):
+        trees.close(mj.merge(method, base, experts, stats=read), whole, rtol=1e-6, atol=2e-6)
+    # Two experts, every direction: what the second changes can no longer be seen by the first.
+    zero = {"kernel": np.zeros((1, 3), np.float32)}
+    taus = [{"kernel": np.float32([x])} for x in ([[0, 0, 1], [1, 2, 0]])]
+    grams = [{"kernel": np.full((1, 1), g, np.float32)} for g in (9.0, 1.0)]
+    statistics = {"gram": grams, "norm_square": [{}, {}]}
+    merged = mj.merge("cat(scaling=1.0, directions=-1)", zero, taus, stats=statistics)
+    np.testing.assert_allclose(merged["kernel"], [[0, 0, 1]], atol=1e-6)
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "stats", "sentence"),
+    [
+        (
+            "lot()",
+            {},
+            "needs the statistic 'norm_square', which no leaf has; .*collect.norm_square",
+        ),
+        ("mats(operator='kfac')", {}, "needs the statistic 'output_gram'"),
+        ("cat(directions=-2)", None, r"directions=-2\) must be at least -1"),
+        ("match_inputs(steps=-1)", None, "negative number of steps"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(method, stats, sentence):
+    base, experts, _ = inputs(2)
+    with pytest.raises(mj.MergeError, match=sentence):
+        mj.merge(method, base, experts, stats=stats)
+
+
+def test_masks_that_are_learned():
+    base, experts, _ = inputs(2)
+    with pytest.raises(mj.MergeError, match="there is no batch to learn from"):
+        mj.collect.localize(lambda params, batch: 0.0, base, experts[0], [])
+    with pytest.raises(mj.MergeError, match="the mask is empty"):
+        mj.collect.localize(lambda p, b: 0.0 * p["embed"]["kernel"].sum(), base, base, [0])

@@ -3,5 +3,6 @@
 from mergejax.collect.fisher import fisher
 from mergejax.collect.gram import gram
 from mergejax.collect.masks import localize
+from mergejax.collect.norms import norm_square
 
-__all__ = ["fisher", "gram", "localize"]
+__all__ = ["fisher", "gram", "localize", "norm_square"]

@@ -25,10 +25,12 @@ class Grid(NamedTuple):
 
     def codes(self, values: Array, bits: int) -> Array:
         """The codes of the nearest values, whole numbers in float32."""
-        return jnp.clip(jnp.round(values / self.scale) + self.zero, 0, 2**bits - 1)
+        scale, zero = (jnp.broadcast_to(x, values.shape) for x in self)
+        return jnp.clip(jnp.round(values / scale) + zero, 0, 2**bits - 1)
 
     def values(self, codes: Array) -> Array:
-        return self.scale * (codes - self.zero)
+        scale, zero = (jnp.broadcast_to(x, codes.shape) for x in self)
+        return scale * (codes - zero)
 
     def rounded(self, values: Array, bits: int) -> Array:
         return self.values(self.codes(values, bits))

@@ -34,6 +34,8 @@ _PLACES = {
     "PIECES": "registry",
     "parse": "registry",
     "register": "registry",
+    "search_groups": "outer",
+    "simplex_points": "outer",
     "greedy_soup": "soups",
     "stack_layers": "stacking",
 }

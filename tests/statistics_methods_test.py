@@ -189,3 +189,25 @@ def test_masks_that_are_learned():
         mj.collect.localize(lambda params, batch: 0.0, base, experts[0], [])
     with pytest.raises(mj.MergeError, match="the mask is empty"):
         mj.collect.localize(lambda p, b: 0.0 * p["embed"]["kernel"].sum(), base, base, [0])
+
+
+def test_groups_are_searched_without_compiling_again_and_the_budget_holds():
+    base, experts, stats = inputs(2)
+    grams = {"gram": stats["gram"]}
+    wanted = mj.bayesian(ridge=mj.by_name({"block_0": 0.01, ".*": 1.0}))
+    target = layer(mj.merge(wanted, base, experts, stats=grams))
+    scores = []
+
+    def score(rules):
+        merged = mj.merge(mj.bayesian(**rules), base, experts, stats=grams)
+        scores.append(-np.abs(layer(merged) - target).max())
+        return scores[-1]
+
+    space = {"ridge": (1e-3, 10.0, "log")}
+    found = mj.search_groups(score, ["block_0", ".*"], space, trials=24)
+    assert len(scores) == len(found.trials) == 24
+    assert found.score == max(scores) > np.median(scores)
+    again = mj.search_groups(score, ["block_0", ".*"], space, trials=24)
+    assert repr(again.best) == repr(found.best)
+    with pytest.raises(mj.MergeError, match="the range of 'ridge' is"):
+        mj.search_groups(score, [".*"], {"ridge": (0.0, 1.0, "log")})

@@ -48,7 +48,7 @@ def regress(
         >>> print((100 * regress(targets, grams, jnp.full((2, 1), 0.25))).ravel().round())
         [75. 25.]
     """
-    residual = sum(gram @ (w - reference) for gram, w in zip(grams, targets, strict=True))
+    residual: Any = sum(gram @ (w - reference) for gram, w in zip(grams, targets, strict=True))
     whole: Any = sum(grams) + ridge * jnp.eye(reference.shape[0], dtype=reference.dtype)
     return reference + safe_solve(whole, residual)
 

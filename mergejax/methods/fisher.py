@@ -88,7 +88,8 @@ def fisher(
     experts are averaged.
 
     Args:
-        weights: w, a number or one per expert.
+        weights: w, a number or one per expert; `mj.simplex_points` lists what the authors choose
+            from on validation data.
         floor: see `floor_rule`.
         floor_rule: 'relative' (floor times the model's mean information), 'maximum' (an absolute
             lower bound, authors' code without a target), 'first' (that bound for the first expert

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import hyper
-from mergejax.chains import Chain, chain
+from mergejax.chains import Chain, by_stats, chain
 from mergejax.core import Array
 from mergejax.door import (
     Tree,
@@ -24,11 +24,14 @@ from mergejax.door import (
 from mergejax.errors import MergeError, did_you_mean, raise_all
 from mergejax.leaves import BUFFER, HEAD, LeafInfo, describe, is_counter, is_floating
 from mergejax.methods.combine import mean
+from mergejax.methods.permute import join, take_units
 from mergejax.plan import make_plan
 from mergejax.registry import as_chain, known_statistics
 from mergejax.run import LEAFWISE, TRACED, Progress, Settings, Sink, Values, execute
 
 COUNTS = ("all", "changed")
+# What becomes of running statistics, whatever the method: units that are aligned take them along.
+BUFFERS = chain(by_stats(permutation=chain(take_units(), join()), otherwise=mean()))
 
 
 def merge(
@@ -205,7 +208,7 @@ def stream(
             common.get(name, {}),
         )
 
-    plan = make_plan(method, chain(mean()), infos, len(experts), base is not None, statistics)
+    plan = make_plan(method, BUFFERS, infos, len(experts), base is not None, statistics)
     for info in copied:
         values = [_read(reference[info.name]), *(_read(expert[info.name]) for expert in experts)]
         keep = info.role == HEAD or is_counter(info.name)

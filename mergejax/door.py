@@ -10,6 +10,7 @@ import numpy as np
 
 from mergejax.errors import MergeError, did_you_mean, raise_all, some
 from mergejax.leaves import LeafInfo, name_of
+from mergejax.units import Units
 
 Tree = Any
 
@@ -20,7 +21,9 @@ def leaves_by_name(tree: Tree, owner: str) -> tuple[dict[str, Any], Callable[[Ma
     Raises:
         MergeError: a leaf is no array, or two leaves have one name.
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+    paths, structure = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, Units)
+    )
     names = [name_of(path) for path, _ in paths]
     problems = [
         f"leaf '{name}' of {owner} is {type(leaf).__name__}, not an array; leave it out of the tree"

@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
+import golden_alignment as alignment
 import golden_elementwise as elementwise
 import golden_lowrank as lowrank
 import golden_mergekit as mergekit
@@ -290,6 +291,7 @@ TRANSLATIONS: dict[str, Callable[[Case], Translation]] = {
     "ties (global trim)": _ties_global,
     "ties (per tensor)": lambda case: _ties_masked(case, "tensor"),
     "mats (conjugate gradient)": statistics.mats,
+    **alignment.TRANSLATIONS,
     **elementwise.TRANSLATIONS,
     **lowrank.TRANSLATIONS,
     **spectral.TRANSLATIONS,

@@ -1,8 +1,13 @@
 """Networks that were not fine-tuned from one base: their symmetries, and how they are aligned."""
 
+from mergejax.alignment.activations import activation_matching
 from mergejax.alignment.assignment import assign
 from mergejax.alignment.derive import symmetries
+from mergejax.alignment.partial import cost, keep_apart, ratios_for
 from mergejax.alignment.permutations import apply, compose, identity, invert, random
+from mergejax.alignment.repair import reestimate, repair
+from mergejax.alignment.stats import regression, statistics
+from mergejax.alignment.straight_through import straight_through
 from mergejax.alignment.structure import Group, Symmetries
 from mergejax.alignment.verify import verify
 from mergejax.alignment.weights import Matching, match_many, weight_matching
@@ -11,13 +16,22 @@ __all__ = [
     "Group",
     "Matching",
     "Symmetries",
+    "activation_matching",
     "apply",
     "assign",
     "compose",
+    "cost",
     "identity",
     "invert",
+    "keep_apart",
     "match_many",
     "random",
+    "ratios_for",
+    "reestimate",
+    "regression",
+    "repair",
+    "statistics",
+    "straight_through",
     "symmetries",
     "verify",
     "weight_matching",

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from mergejax.alignment.permutations import Permutations, compose, identity, sources, take
+from mergejax.alignment.permutations import Permutations, compose, identity, sources
 from mergejax.alignment.structure import Axis, Symmetries, groups_of, movable, size_of
 from mergejax.door import Tree, leaves_by_name
 from mergejax.errors import MergeError, raise_all
 from mergejax.leaves import STATISTIC, is_floating, role_of
+from mergejax.units import take
 
 Labels = tuple[str | None, ...]  # the group of each axis
 Piece = tuple[Labels, np.ndarray, np.ndarray]

@@ -114,11 +114,16 @@ def _collect(leaves: dict[str, tuple[Expression, ...]], state: State) -> Symmetr
                 label = f"{leaf}:{i}" if len(parts) == 1 else f"{leaf}:{i}.{part}"
                 names.setdefault(dim, label)
     order = list(names)
+    single = {dim for axis in state.reduced for dim in atoms(axis)}
+    single |= {dim for dim in order if within.get(dim)}
+    single |= {outer for dim in order for outer in within.get(dim, ())}
+    single |= {dim for axes in leaves.values() for axis in axes for dim in _factors(axis)}
     groups = {
         name: Group(
             dim.size,
             tuple(names[outer] for outer in order if outer in within.get(dim, ())),
             bool(dim.pinned),
+            dim not in single,
         )
         for dim, name in names.items()
     }
@@ -155,6 +160,13 @@ def _pin_single(leaves: dict[str, tuple[Expression, ...]]) -> None:
 
 def _is_outer(dim: Dim, within: dict[Dim, set[Dim]]) -> bool:
     return any(dim in outer for inner, outer in within.items() if not inner.pinned)
+
+
+def _factors(axis: Expression) -> list[Dim]:
+    """The dimensions of an axis that stand beside other free ones, as groups of a norm do."""
+    dims = list(atoms(axis))
+    several = sum(not dim.pinned for dim in dims) > 1 and isinstance(resolve(axis), Product)
+    return dims if several else []
 
 
 def _notation(axis: Expression, names: dict[Dim, str]) -> Axis:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from mergejax.alignment.structure import (
@@ -18,6 +17,7 @@ from mergejax.alignment.structure import (
 )
 from mergejax.door import Tree, leaves_by_name
 from mergejax.errors import did_you_mean, raise_all
+from mergejax.units import take
 
 Permutations = Mapping[str, np.ndarray]
 
@@ -84,8 +84,7 @@ def sources(
         permutations: by group; an entry -1 names a unit that the model lacks.
 
     Returns:
-        By axis, in the order in which they have to be taken, integers that broadcast against the
-        aligned leaf; -1 where the model has nothing.
+        By axis, integers that broadcast against the aligned leaf; -1 where the model has nothing.
     """
     sizes = {name: group.size for name, group in symmetries.groups.items()}
     widths = {**sizes, **{name: p.shape[-1] for name, p in permutations.items()}}
@@ -102,7 +101,7 @@ def sources(
         if any(name in permutations for name in groups_of(axis)):
             find = _Sources(symmetries, permutations, sizes, widths)
             found[i] = find(axis, positions[i], outer)
-    return dict(sorted(found.items(), key=lambda item: sum(n > 1 for n in item[1].shape)))
+    return found
 
 
 def _coordinates(axis: Axis, local: np.ndarray, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -158,21 +157,6 @@ class _Sources:
         return source
 
 
-def take(x: Any, indices: Mapping[int, Any]) -> Any:
-    """A leaf in aligned order, NumPy or JAX; zero where the model has nothing."""
-    xp: Any = np if isinstance(x, np.ndarray) else jnp
-    for axis, index in indices.items():
-        index = xp.asarray(index, xp.int32)
-        safe = xp.maximum(index, 0)
-        if all(n == 1 for i, n in enumerate(index.shape) if i != axis):
-            taken = xp.take(x, safe.ravel(), axis=axis)
-        else:
-            shape = [index.shape[i] if i == axis else n for i, n in enumerate(x.shape)]
-            taken = xp.take_along_axis(x, xp.broadcast_to(safe, shape), axis=axis)
-        x = xp.where(index < 0, xp.zeros_like(taken), taken)
-    return x
-
-
 def apply(symmetries: Symmetries, permutations: Permutations, params: Tree) -> Tree:
     """The same model with its units in another order.
 
@@ -193,6 +177,7 @@ def apply(symmetries: Symmetries, permutations: Permutations, params: Tree) -> T
         MergeError: symmetries that do not fit the model, or arrays that are no permutations.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from mergejax import alignment
         >>> symmetries = alignment.Symmetries({'hidden': alignment.Group(3)}, {'bias': ('hidden',)})
         >>> params = {'bias': jnp.array([10.0, 20.0, 30.0])}

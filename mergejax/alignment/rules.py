@@ -38,11 +38,13 @@ class State:
     Attributes:
         arrays: the axes of every array, with the loop dimensions around it.
         loops: dimensions of the loops that are open: layers stacked by `scan`.
+        reduced: axes over which sums, maxima or orders are taken.
         unpaired: (contracted expression, axes of both sides that are not paired) of contractions.
     """
 
     arrays: list[tuple[Expression, ...]] = dataclasses.field(default_factory=list)
     loops: list[Expression] = dataclasses.field(default_factory=list)
+    reduced: list[Expression] = dataclasses.field(default_factory=list)
     unpaired: list[tuple[Expression, tuple[Expression, ...], tuple[Expression, ...]]] = (
         dataclasses.field(default_factory=list)
     )

@@ -73,6 +73,7 @@ def _pool(state: State, equation: Any, inputs: Sequence[Value]) -> list[Value]:
 @rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
 def _reduce(state: State, equation: Any, inputs: Sequence[Value]) -> list[Value]:
     gone = equation.params["axes"]
+    state.reduced += [inputs[0].axes[i] for i in gone]
     used_as_numbers(inputs[0], "its positions are used as numbers")
     return [Value(tuple(axis for i, axis in enumerate(inputs[0].axes) if i not in gone))]
 
@@ -80,6 +81,7 @@ def _reduce(state: State, equation: Any, inputs: Sequence[Value]) -> list[Value]
 @rule("argmax", "argmin")
 def _argument(state: State, equation: Any, inputs: Sequence[Value]) -> list[Value]:
     gone = equation.params["axes"]
+    state.reduced += [inputs[0].axes[i] for i in gone]
     used_as_numbers(inputs[0], "its positions are used as numbers")
     axes = tuple(axis for i, axis in enumerate(inputs[0].axes) if i not in gone)
     return [Value(axes, inputs[0].axes[gone[0]])]

@@ -24,11 +24,14 @@ class Group:
         within: groups outside of it, outermost first: each of their units has units of its own,
             as every head has its own head dimensions and every expert its own hidden units.
         fixed: whether it is never permuted, but other groups lie within it (stacked layers).
+        widens: whether some of its units may be kept apart, which adds units. Not so where a norm,
+            a softmax or a mean runs over them: more units change its statistics.
     """
 
     size: int
     within: tuple[str, ...] = ()
     fixed: bool = False
+    widens: bool = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -47,6 +47,7 @@ def verify(
             than a thousandth; the groups that change them are named.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from mergejax import alignment
         >>> params = {'a': jnp.ones((3, 8)), 'b': jnp.ones((8, 2))}
         >>> model, x = lambda p, x: jnp.tanh(x @ p['a']) @ p['b'], jnp.ones((5, 3))

@@ -225,4 +225,4 @@ def match_many(
 
 
 def _mean(several: Sequence[Any]) -> np.ndarray:
-    return np.mean([np.asarray(x, np.float32) for x in several], axis=0, dtype=np.float32)
+    return np.stack([np.asarray(x, np.float32) for x in several]).mean(0)

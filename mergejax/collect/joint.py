@@ -1,0 +1,102 @@
+"""Products of the inputs of one layer in several models on the same data."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from mergejax.collect.rows import input_rows, refusal
+from mergejax.collect.streaming import Function, Progress, as_function, length, nnx_parts, total
+from mergejax.collect.taps import tap_linen, tap_nnx
+from mergejax.errors import MergeError, some
+
+
+def joint_gram(
+    model: Any,
+    several: Sequence[Any],
+    batches: Iterable[Any],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, jax.Array]:
+    r"""Mean Gram matrix of the inputs of every layer in all models side by side, and a one.
+
+    .. math:: Q = \frac1R\sum_r q_r^\top q_r,\qquad q_r = [x_r^{(1)} | \ldots | x_r^{(N)} | 1]
+
+    with :math:`x_r^{(k)}` row r (token, pixel) of the inputs of the layer in model k, all models on
+    the same data. It is all that activation matching and least squares need, for any permutation
+    and any width. Rows are those of `gram`: the patches of a convolution, channel first.
+
+    Args:
+        model: as for `gram`, shared by all models: a function (params, batch), a linen model called
+            on the batch, or an NNX model.
+        several: the models' parameters.
+        batches: any iterable of batches, of the same shapes as far as possible.
+        progress: called as progress(done, total, 'joint_gram') after each batch.
+
+    Returns:
+        {leaf name of the kernel: Q [N·in + 1, N·in + 1] float32}. Layers of which one matrix cannot
+        say enough (grouped convolutions) are left out.
+
+    Raises:
+        MergeError: no batch, fewer than two models, a layer that is called more than once, inputs
+            that are not finite.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> model, x = nn.Dense(3), jnp.array([[1.0, 2.0]])
+        >>> params = model.init(jax.random.key(0), x)['params']
+        >>> joint_gram(model, [params, params], [x])['kernel'].tolist()[0]
+        [1.0, 2.0, 1.0, 2.0, 1.0]
+    """
+    several = list(several)
+    if len(several) < 2:
+        raise MergeError(f"joint_gram: there are {len(several)} models; give at least two")
+    if isinstance(model, nnx.Module):
+        build = nnx_parts(model, several[0])[0]
+        make, function = _nnx_statistic, Function(build, False)
+    else:
+        make, function = _linen_statistic, as_function(model, several[0])[0]
+    items = ((batch,) for batch in batches)
+    sums = total(make, function, (), several, items, length(batches), (progress, "joint_gram"))
+    again = [name for name, (q, calls) in sums.items() if float(calls) * 1.5 < float(q[-1, -1])]
+    broken = [name for name, (q, _) in sums.items() if not bool(jnp.isfinite(q).all())]
+    if again or broken:
+        raise MergeError(
+            f"joint_gram: {some(again)} are called more than once, so their inputs cannot be paired"
+            if again
+            else f"joint_gram: the inputs of {some(broken)} are not finite; check the models"
+        )
+    if not sums:
+        raise MergeError("joint_gram: no Dense, DenseGeneral or Conv layer was seen in the model")
+    return {name: q / q[-1, -1] for name, (q, _) in sums.items()}
+
+
+def _linen_statistic(function):
+    return lambda several, item: _measured(tap_linen, function, several, *item)
+
+
+def _nnx_statistic(build):
+    return lambda several, item: _measured(tap_nnx, build, several, *item)
+
+
+def _measured(tap, function, several, batch):
+    """{leaf name: (Σ qᵀq, Σ rows / calls)} of one batch."""
+
+    def measure(layer, name, inputs):
+        if refusal(layer):
+            return None
+        rows = input_rows(layer, inputs).astype(jnp.float32)
+        return rows.reshape(-1, rows.shape[-1]), jnp.float32(1)
+
+    found = [tap(function, params, batch, measure) for params in several]
+    products = OrderedDict()
+    for name, (first, calls) in found[0].items():
+        one = jnp.ones((len(first), 1), jnp.float32)
+        q = jnp.concatenate([*(other[name][0] for other in found), one], axis=-1)
+        gram = jnp.matmul(q.T, q, precision=lax.Precision.HIGHEST)
+        products[name] = (gram, len(first) / calls)
+    return products

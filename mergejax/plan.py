@@ -111,8 +111,16 @@ def make_plan(
     return Plan(resolved, _passes(dues), measured, frozenset(merged), experts)
 
 
+_ALIGNED = {
+    "permutation": "statistics",
+    **dict.fromkeys(("aligned_gram", "aligned_residual", "aligned_owners"), "regression"),
+}
+
+
 def _collected(need: str) -> str:
     """How to come by a statistic."""
+    if need in _ALIGNED:
+        return f"mj.alignment.{_ALIGNED[need]}(...) makes it (docs/alignment.md)"
     from mergejax import collect  # Flax takes a second to import
 
     call = f"mj.collect.{need}(...) collects it" if need in collect.__all__ else "see mj.collect"

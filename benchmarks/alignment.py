@@ -3,8 +3,8 @@
     python benchmarks/alignment.py [--sweeps 3] [--peer PATH/git-re-basin/src]
 
 The networks are random, the second a permuted copy of the first with as much noise: some sweeps are
-needed. With --peer, a checkout of github.com/samuela/git-re-basin, its own function runs on the same
-arrays in the same process, and the ratio is printed.
+needed. With --peer, a checkout of github.com/samuela/git-re-basin, its own function runs on the
+same arrays in the same process, and the ratio is printed.
 """
 
 import argparse

@@ -57,18 +57,18 @@ def study() -> ml_collections.ConfigDict:
     )
     settings.methods = {
         "average": ("average()",),
-        "task_arithmetic": each("task_arithmetic(scaling={})", 0.1, 0.2, 0.3, 0.4, 0.6, 0.8),
-        "ties": each("ties(density=0.3, scaling={})", 0.6, 1.0, 1.4, 2.0)
-        + each("ties(density=1.0, scaling={})", 0.6, 1.0, 1.4, 2.0),
+        "task_arithmetic": each("task_arithmetic(scaling={})", 0.1, 0.15, 0.2, 0.25, 0.3, 0.4),
+        "ties": each("ties(density=0.3, scaling={})", 0.6, 1.0, 1.4)
+        + each("ties(density=1.0, scaling={})", 0.6, 1.0, 1.4),
         "frobenius_weighted": each("frobenius_weighted(power={})", 1.0, 2.0),
         "bayesian_data_free": each(
-            "bayesian_data_free(ridge={}, anchor_scaling=0.2)", 0.001, 0.01, 0.1, 1.0
+            "bayesian_data_free(ridge={}, anchor_scaling=0.2)", 0.01, 0.1, 1.0, 10.0
         ),
         "fisher": each("fisher(floor={})", 1e-3, 0.1, 1.0),
         "regmean": each("regmean(shrink={})", 0.1, 0.5, 0.9, 1.0),
         "mats": each("mats(scaling=0.2, steps={})", 5, 20, 100),
         "lot": ("lot()",),
         "cat": ("cat()",),
-        "bayesian": each("bayesian(ridge={}, anchor_scaling=0.2)", 0.001, 0.01, 0.1, 1.0),
+        "bayesian": each("bayesian(ridge={}, anchor_scaling=0.2)", 0.01, 0.1, 1.0, 10.0),
     }
     return settings

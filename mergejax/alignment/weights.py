@@ -17,7 +17,7 @@ from mergejax.alignment.permutations import (
     invert,
     moved,
 )
-from mergejax.alignment.structure import Symmetries, check, movable
+from mergejax.alignment.structure import Symmetries, check, groups_of, movable
 from mergejax.alignment.verify import verified
 from mergejax.door import Tree
 from mergejax.errors import MergeError
@@ -93,23 +93,24 @@ def weight_matching(
     if sweeps < 1 or restarts < 1:
         raise MergeError(f"weight_matching: sweeps={sweeps} and restarts={restarts}, at least 1")
     pair = make_pair(symmetries, reference, params, start)
-    if start is None:
-        _from_the_ends(pair)
+    scores = _from_the_ends(pair) if start is None else {}
     begun = dataclasses.replace(pair, moving=dict(pair.moving))
-    best = _ascend(pair, seed, sweeps)
+    best = _ascend(pair, seed, sweeps, scores)
     for again in range(1, restarts):
         other = dataclasses.replace(begun, moving=dict(begun.moving))
-        found = _ascend(other, seed + again, sweeps)
+        found = _ascend(other, seed + again, sweeps, scores)
         best = found if found.objective > best.objective else best
     return best
 
 
-def _ascend(pair: Pair, seed: int, sweeps: int) -> Matching:
-    """Sweeps over the groups whose neighbours changed, until none does."""
+def _ascend(pair: Pair, seed: int, sweeps: int, scores: dict[str, np.ndarray]) -> Matching:
+    """Sweeps over the groups whose neighbours changed, until none does.
+
+    Groups that have scores are matched best already.
+    """
     generator = np.random.default_rng(seed)
     names = movable(pair.symmetries)
-    due = set(names)
-    scores: dict[str, np.ndarray] = {}
+    due, scores = set(names) - set(scores), dict(scores)
     done = 0
     while due and done < sweeps:
         done += 1
@@ -145,15 +146,31 @@ def _improve(pair: Pair, name: str, cost: np.ndarray) -> bool:
     return False
 
 
-def _from_the_ends(pair: Pair) -> None:
-    """Matches every group once, those first of which most is known."""
+def _from_the_ends(pair: Pair) -> dict[str, np.ndarray]:
+    """Matches every group once, those first of which most is known.
+
+    Returns:
+        The scores of groups of which everything was known: no sweep needs to look at them before a
+        neighbour changes.
+    """
     known: set[str] = set()
-    left = movable(pair.symmetries)
+    scores = {}
+    left, groups = movable(pair.symmetries), pair.symmetries.groups
     while left:
         name = max(left, key=lambda group: _evidence(pair, group, known))
-        pair.move({name: assign(costs(pair, name, known), f"the costs of group '{name}'")})
+        cost = costs(pair, name, known)
+        found = assign(cost, f"the costs of group '{name}'")
+        pair.move({name: found})
         known.add(name)
         left.remove(name)
+        twice = any(
+            sum(name in groups_of(axis) for axis in pair.symmetries.axes[leaf]) > 1
+            for leaf in pair.leaves(name)
+        )
+        settled = all(n in known or groups[n].fixed for n in pair.neighbours(name))
+        if settled and not twice and not pair.children(name):
+            scores[name] = np.take_along_axis(cost, found[..., None], axis=-1)[..., 0]
+    return scores
 
 
 def _evidence(pair: Pair, group: str, known: Collection[str]) -> tuple[bool, float]:

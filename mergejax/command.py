@@ -75,6 +75,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     add("--seed", metavar="N", type=_integer, help="of random masks; 0 by default")
     add("--memory", metavar="SIZE", help="budget, such as 2GiB; by default half of what is free")
     add("--shard-size", metavar="SIZE", help="largest file; 5GB by default")
+    add("--format", metavar="NAME", help="safetensors (the default), orbax, msgpack or npz")
     add("--overwrite", action="store_true", default=None, help="replace what stands at --out")
     add("--only", metavar="REGEX", action="append", help="merge these tensors alone")
     add("--exclude", metavar="REGEX", action="append", help="keep the base's for these tensors")
@@ -100,7 +101,7 @@ def _integer(text: str) -> int:
 
 
 _FIELDS = ("weights", "dtype", "seed", "memory", "shard_size", "overwrite", "only", "exclude",
-           "strict", "vocabulary", "layers")  # fmt: skip
+           "format", "strict", "vocabulary", "layers")  # fmt: skip
 _MODELS = ("method", "base", "experts", "out")
 
 

@@ -3,11 +3,14 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import mergejax as mj
 from mergejax import command
-from mergejax.checkpoints import convert
+from mergejax.checkpoints import convert, msgpack
+from mergejax.checkpoints.files import Files, pieces_of
+from mergejax.checkpoints.folder import open_model
+from mergejax.checkpoints.safetensors import DTYPES, Tensor, header_bytes
 
 ARRAYS = {
     "block_0/dense/kernel": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -21,7 +24,25 @@ NARROW = {
     "low": np.linspace(-1, 1, 5).astype(ml_dtypes.bfloat16),
     "lower": np.linspace(-1, 1, 5).astype(ml_dtypes.float8_e4m3fn),
 }
+EVERY = {code: np.arange(1, 7).reshape(2, 3).astype(dtype) for code, dtype in DTYPES.items()}
 SUFFIX = {"safetensors": ".safetensors", "npz": ".npz", "msgpack": ".msgpack", "orbax": ""}
+
+
+def read(path):
+    """The arrays of a model by name."""
+    found = {}
+    with Files() as files:
+        for name, t in open_model(path).tensors.items():
+            content = b"".join(bytes(p) for p in pieces_of(t.path, t.offset, t.bytes, files, 7))
+            found[name] = np.frombuffer(content, t.dtype).reshape(t.shape)
+    return found
+
+
+def write_safetensors(path, arrays):
+    """Types that the reference library does not know in NumPy included."""
+    tensors = {name: Tensor(path, x.dtype, x.shape, 0) for name, x in arrays.items()}
+    values = b"".join(x.tobytes() for x in arrays.values())
+    path.write_bytes(header_bytes(tensors, {}) + values)
 
 
 def assert_same(found, wanted):
@@ -34,14 +55,14 @@ def assert_same(found, wanted):
 
 @pytest.mark.parametrize("form", SUFFIX)
 def test_round_trips_are_exact(form, tmp_path):
-    arrays = ARRAYS if form == "npz" else ARRAYS | NARROW
-    save_file(ARRAYS, tmp_path / "first.safetensors")
-    if form != "npz":
-        convert._write_safetensors(tmp_path / "first.safetensors", arrays)
+    arrays = ARRAYS if form == "npz" else ARRAYS | NARROW | EVERY
+    if form != "orbax":  # which refuses empty arrays
+        arrays = arrays | {"empty": np.zeros((0, 3), np.float32)}
+    write_safetensors(tmp_path / "first.safetensors", arrays)
     there = convert.convert(tmp_path / "first.safetensors", tmp_path / f"there{SUFFIX[form]}", form)
-    assert_same(convert.read(there), arrays)
+    assert_same(read(there), arrays)
     back = convert.convert(there, tmp_path / "back.safetensors")
-    assert_same(convert.read(back), arrays)
+    assert_same(read(back), arrays)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
@@ -91,7 +112,7 @@ def test_npz_files_that_cannot_be_read(write, sentence, tmp_path):
     ],
 )
 def test_what_cannot_be_converted(source, target, sentence, tmp_path, capsys):
-    convert._write_safetensors(tmp_path / "a.safetensors", NARROW)
+    write_safetensors(tmp_path / "a.safetensors", NARROW)
     (tmp_path / "broken.msgpack").write_bytes(b"\xc1\xc1")
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(SystemExit) as status:
@@ -106,4 +127,4 @@ def test_names_that_no_tree_can_hold(tmp_path):
     for names in (("a", "a/b"), ("a/b", "a")):
         arrays = {name: np.ones(1, np.float32) for name in names}
         with pytest.raises(mj.MergeError, match="no tree can hold both"):
-            convert._nested(arrays)
+            msgpack.nested(arrays)

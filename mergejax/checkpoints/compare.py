@@ -132,6 +132,16 @@ def _quantised(owner: str, model: Model) -> list[Finding]:
     return found
 
 
+def style(names: Sequence[str]) -> str:
+    """How kernels are oriented: Flax names them 'kernel' and stores [in, out], PyTorch does not.
+
+    Example:
+        >>> style(["block_0/dense/kernel"]), style(["model.layers.0.q_proj.weight"])
+        ('flax', 'torch')
+    """
+    return "flax" if any(re.search(r"(^|/)kernel$", name) for name in names) else "torch"
+
+
 def type_warnings(base: Model | None, experts: Sequence[Model]) -> list[str]:
     """A line for every expert that stores floats in another type than the reference."""
     reference = experts[0] if base is None else base

@@ -1,10 +1,11 @@
 """Bytes of many files at once: positional reads and writes that several threads may share."""
 
+import contextlib
 import os
 import pathlib
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from mergejax.errors import MergeError
 
 CHUNK = 2**23  # elements that have one digest
+_HELD_OPEN = 256  # files; more are opened for each access, for systems allow a thousand or so
 _ALIGNMENT = 64  # bytes; XLA reads such arrays without copying them first
 
 # A float is not finite where all of these bits are set.
@@ -24,14 +26,81 @@ _EXPONENTS = {
     np.dtype(ml_dtypes.float8_e4m3fn): 0x7F,
     np.dtype(ml_dtypes.float8_e8m0fnu): 0xFF,
 }
+# These have one NaN, where others have minus zero, and no infinity.
+_ONE_NAN = (np.dtype(ml_dtypes.float8_e4m3fnuz), np.dtype(ml_dtypes.float8_e5m2fnuz))
+
+
+class Source(Protocol):
+    """Bytes that are no plain part of a file; stands where a path does.
+
+    Attributes:
+        path: the file or the folder that they come from.
+        name: its last part.
+    """
+
+    @property
+    def path(self) -> pathlib.Path: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def read_into(self, files: "Files", offset: int, target: memoryview) -> None:
+        """Fills a buffer with the bytes from `offset` on."""
+
+
+class Spread(NamedTuple):
+    """Bytes in several places of a file, read and written one behind the other.
+
+    Attributes:
+        path: of the file.
+        places: (offset, length) of each part.
+    """
+
+    path: pathlib.Path
+    places: tuple[tuple[int, int], ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def _within(self, offset: int, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+        start = 0
+        for place, length in self.places:
+            first, last = max(offset, start), min(offset + len(view), start + length)
+            if first < last:
+                yield place + first - start, view[first - offset : last - offset]
+            start += length
+
+    def read_into(self, files: "Files", offset: int, target: memoryview) -> None:
+        for place, part in self._within(offset, target):
+            files.read_into(self.path, place, part)
+
+    def write_from(self, files: "Files", offset: int, source: memoryview) -> None:
+        for place, part in self._within(offset, source):
+            files.write_from(self.path, place, part)
+
+
+class Held(NamedTuple):
+    """A few bytes that are known already, such as a number in a header."""
+
+    path: pathlib.Path
+    content: bytes
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def read_into(self, files: "Files", offset: int, target: memoryview) -> None:
+        target[:] = self.content[offset : offset + len(target)]
 
 
 class Files:
-    """Open files by path, read or written at any place by any thread."""
+    """Open files by path, read or written at any place by any thread; sources stand for paths."""
 
     def __init__(self, flags: int = os.O_RDONLY):
         self._flags = flags | getattr(os, "O_BINARY", 0)
         self._open: dict[pathlib.Path, int] = {}
+        self._others: set[pathlib.Path] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Files":
@@ -40,31 +109,57 @@ class Files:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _descriptor(self, path: pathlib.Path) -> int:
+    @contextlib.contextmanager
+    def _descriptor(self, path: pathlib.Path) -> Iterator[int]:
         with self._lock:
-            if path not in self._open:
-                self._open[path] = os.open(path, self._flags, 0o644)
-            return self._open[path]
+            if path not in self._open and len(self._open) < _HELD_OPEN:
+                self._open[path] = self._open_file(path)
+            held = self._open.get(path)
+        if held is not None:
+            yield held
+            return
+        self._others.add(path)
+        descriptor = self._open_file(path)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
-    def read_into(self, path: pathlib.Path, offset: int, target: memoryview) -> None:
+    def _open_file(self, path: pathlib.Path) -> int:
+        if self._flags & os.O_CREAT:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, self._flags, 0o644)
+
+    def read_into(self, path: pathlib.Path | Source, offset: int, target: memoryview) -> None:
         """Fills a buffer from one place of a file."""
+        if not isinstance(path, pathlib.Path):
+            path.read_into(self, offset, target)
+            return
         done = 0
-        while done < len(target):
-            count = os.preadv(self._descriptor(path), [target[done:]], offset + done)
-            if not count:
-                raise MergeError(f"{path} became shorter while it was read; restore it")
-            done += count
+        with self._descriptor(path) as descriptor:
+            while done < len(target):
+                count = os.preadv(descriptor, [target[done:]], offset + done)
+                if not count:
+                    raise MergeError(f"{path} became shorter while it was read; restore it")
+                done += count
 
-    def write_from(self, path: pathlib.Path, offset: int, source: memoryview) -> None:
+    def write_from(self, path: pathlib.Path | Spread, offset: int, source: memoryview) -> None:
         """Writes a buffer to one place of a file."""
+        if isinstance(path, Spread):
+            path.write_from(self, offset, source)
+            return
         done = 0
-        while done < len(source):
-            done += os.pwrite(self._descriptor(path), source[done:], offset + done)
+        with self._descriptor(path) as descriptor:
+            while done < len(source):
+                done += os.pwrite(descriptor, source[done:], offset + done)
 
     def sync(self) -> None:
         """Waits until what was written lies on the disk."""
         for descriptor in self._open.values():
             os.fsync(descriptor)
+        for path in self._others:
+            with self._descriptor(path) as descriptor:
+                os.fsync(descriptor)
 
     def close(self) -> None:
         for descriptor in self._open.values():
@@ -98,6 +193,17 @@ def ranges(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + length, stop)
 
 
+def pieces_of(
+    path: pathlib.Path | Source, offset: int, count: int, files: Files, length: int = 2**22
+) -> Iterator[memoryview]:
+    """Reads bytes piece by piece; a piece is overwritten when the next one is taken."""
+    buffer = memoryview(bytearray(min(count, length)))
+    for start, stop in ranges(offset, offset + count, length):
+        part = buffer[: stop - start]
+        files.read_into(path, start, part)
+        yield part
+
+
 def is_finite(x: np.ndarray, scratch: memoryview) -> bool:
     """Whether no element of a float array is NaN or infinite; other types always are.
 
@@ -109,6 +215,8 @@ def is_finite(x: np.ndarray, scratch: memoryview) -> bool:
         >>> is_finite(np.float32([1, np.inf]), memoryview(bytearray(8)))
         False
     """
+    if x.dtype in _ONE_NAN:
+        return not (x.view(np.uint8) == 0x80).any()
     exponent = _EXPONENTS.get(x.dtype)
     if exponent is None or not x.size:
         return True

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mergejax.checkpoints import npz, safetensors, torch_files
+from mergejax.checkpoints import msgpack, npz, orbax_arrays, safetensors, torch_files
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.errors import MergeError, did_you_mean, raise_all, some
 
@@ -48,7 +48,7 @@ class Model:
 
 
 def open_model(path: str | pathlib.Path, name: str | None = None) -> Model:
-    """Opens a folder as `transformers` writes it, or a bare safetensors file.
+    """Opens a folder as `transformers` or Orbax writes it, or a bare file of weights.
 
     Args:
         path: of the folder or the file.
@@ -74,8 +74,11 @@ def open_model(path: str | pathlib.Path, name: str | None = None) -> Model:
         held = read_file(_a_weight_file(path))
         return Model(name, path, _some_tensors(held, path))
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if orbax_arrays.is_orbax(path) and not any(path.glob("*.safetensors")):
+        own = orbax_arrays.read_orbax(path)
+        return Model(name, path, _some_tensors(own, path), config, orbax_arrays.side_files(path))
     tensors, warnings = _read_folder(path)
-    used = {tensor.path for tensor in tensors.values()}
+    used = {file for tensor in tensors.values() for file in tensor.paths}
     sides, left = {}, []
     for file in sorted(path.rglob("*")):
         place = file.relative_to(path)
@@ -96,6 +99,8 @@ def read_file(path: pathlib.Path) -> Mapping[str, Tensor]:
         return torch_files.read_torch(path)
     if path.suffix == ".npz":
         return npz.read_npz(path)
+    if path.suffix == ".msgpack":
+        return msgpack.read_msgpack(path)
     tensors, metadata = safetensors.read_header(path)
     if metadata.get("format") == safetensors.QUANTIZED:
         raise MergeError(
@@ -173,10 +178,13 @@ def _read_folder(path: pathlib.Path) -> tuple[Mapping[str, Tensor], list[str]]:
         return _read_index(path / TORCH_INDEX)
     if (path / TORCH_SINGLE).is_file():
         return read_file(path / TORCH_SINGLE), []
+    others = [p for suffix in (".msgpack", ".npz") for p in sorted(path.glob(f"*{suffix}"))]
+    if len(others) == 1:
+        return read_file(others[0]), []
     if not any(path.iterdir()):
         raise MergeError(f"{path} is an empty folder; check the path")
-    others = sorted(p.name for p in path.iterdir() if p.name.endswith(_WEIGHTS))
-    found = f"; it holds {some(others)}" if others else ""
+    left = sorted(p.name for p in path.iterdir() if p.name.endswith(_WEIGHTS))
+    found = f"; it holds {some(left)}" if left else ""
     raise MergeError(f"{path} holds no model's weights{found}; give a folder of one model")
 
 

@@ -26,7 +26,7 @@ def forecast(job: Job) -> dict[str, Any]:
     return {
         "tensors": len(every),
         "disk_bytes": predicted_disk(job),
-        "memory_bytes": _PROGRAM + sum(largest),
+        "memory_bytes": _PROGRAM + sum(largest) + works.held_memory(every),
         "seconds": round(_START + passes * read / speed + output_bytes(job) / _PASS, 1),
         "passes": passes,
     }

@@ -78,7 +78,7 @@ def inspect(base: str | pathlib.Path, experts: Sequence[str | pathlib.Path]) -> 
     specs = {name: (t.shape, t.dtype) for name, t in models[0].tensors.items()}
     infos = [
         info
-        for info in describe(specs, style="torch")
+        for info in describe(specs, style=compare.style(list(specs)))
         if compare.is_float(np.dtype(info.dtype)) and info.size
     ]
     with Files() as files:

@@ -242,8 +242,10 @@ def _plan(
         name: (out_type if out_type and compare.is_float(t.dtype) else t.dtype, t.shape)
         for name, t in reference.tensors.items()
     }
-    files = output.shards(types, request.shard_size)
+    several = request.format == "safetensors"
+    files = output.shards(types, request.shard_size if several else 2**63)
     recipe = make_recipe(request, base, experts, method, reads_base)
+    output.place(files, reference.path, recipe)  # refuses what the format does not have
     return Job(
         request, base, experts, (), method, plan, merged, copied, reads_base, files, recipe, (), ()
     )
@@ -259,7 +261,13 @@ def _describe(request: Request, reference: Model) -> list[Any]:
     pattern = r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$"
     known = conv1d and any(re.search(pattern, name) for name in names)
     layouts = {pattern: "io"} if known else None
-    infos = describe(specs, style="torch", exclude=request.exclude, layouts=layouts)
+    # The name of an NNX variable ends with what holds its value, which tells nothing of its role.
+    bare = {name.removesuffix("/value"): name for name in names}
+    seen = {short: specs[name] for short, name in bare.items()}
+    infos = describe(
+        seen, style=compare.style(list(bare)), exclude=request.exclude, layouts=layouts
+    )
+    infos = [dataclasses.replace(info, name=bare[info.name]) for info in infos]
     if not request.only:
         return infos
     return [
@@ -291,6 +299,7 @@ def make_recipe(
         "experts": [{"name": expert.name, "blake3": output.UNKNOWN} for expert in experts],
         "seed": request.seed,
         "dtype": request.dtype,
+        "format": request.format,
         "only": list(request.only),
         "exclude": list(request.exclude),
         "vocabulary": request.vocabulary,

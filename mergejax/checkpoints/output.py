@@ -10,7 +10,7 @@ from typing import Any
 import blake3
 import numpy as np
 
-from mergejax.checkpoints import safetensors
+from mergejax.checkpoints import formats, safetensors
 from mergejax.checkpoints.files import Files
 from mergejax.checkpoints.folder import CONFIG, INDEX, SINGLE, Model, read_json
 from mergejax.checkpoints.safetensors import Tensor
@@ -54,14 +54,25 @@ def shards(
     return files
 
 
-def place(files: Mapping[str, Mapping[str, Tensor]], folder: pathlib.Path, recipe: Any) -> dict:
-    """Where every tensor will lie in a folder, once the headers are written."""
+def place(
+    files: Mapping[str, Mapping[str, Tensor]], folder: pathlib.Path, recipe: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Where every tensor will lie in a folder, in the format of the recipe."""
+    if recipe["format"] != "safetensors":
+        return dict(_layout(files, folder, recipe).placed)
     found = {}
     for file, tensors in files.items():
         start = len(safetensors.header_bytes(tensors, metadata(recipe)))
         for name, tensor in tensors.items():
             found[name] = tensor._replace(path=folder / file, offset=start + tensor.offset)
     return found
+
+
+def _layout(
+    files: Mapping[str, Mapping[str, Tensor]], folder: pathlib.Path, recipe: Mapping[str, Any]
+) -> formats.Layout:
+    types = {name: (t.dtype, t.shape) for held in files.values() for name, t in held.items()}
+    return formats.lay_out(recipe["format"], types, folder)
 
 
 def metadata(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -71,6 +82,8 @@ def metadata(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 def file_bytes(files: Mapping[str, Mapping[str, Tensor]], recipe: Mapping[str, Any]) -> int:
     """The bytes that the files of weights will have."""
+    if recipe["format"] != "safetensors":
+        return _layout(files, pathlib.Path(), recipe).bytes
     return sum(
         len(safetensors.header_bytes(tensors, metadata(recipe)))
         + sum(tensor.bytes for tensor in tensors.values())
@@ -99,7 +112,10 @@ def write_headers(
     recipe: Mapping[str, Any],
     output: Files,
 ) -> None:
-    """Writes the headers into the space before the values, and the index if there are shards."""
+    """Writes what stands around the values, and the index if there are shards."""
+    if recipe["format"] != "safetensors":
+        _layout(files, folder, recipe).write(output)
+        return
     for file, tensors in files.items():
         header = safetensors.header_bytes(tensors, metadata(recipe))
         output.write_from(folder / file, 0, memoryview(header))

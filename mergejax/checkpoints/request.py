@@ -12,7 +12,7 @@ from mergejax.checkpoints.safetensors import DTYPES
 from mergejax.errors import MergeError, did_you_mean, raise_all
 
 VOCABULARIES = ("error", "base", "union")
-FORMATS = ("safetensors",)
+FORMATS = ("safetensors", "orbax", "msgpack", "npz")
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": base**power
     for power, letter in enumerate("KMGT", 1)
@@ -40,6 +40,7 @@ class Request:
         only, exclude: regular expressions of the leaves that are, or are not, merged.
         strict: whether warnings are errors.
         vocabulary: what is done about vocabularies that differ: 'error', 'base' or 'union'.
+        format: of the result: 'safetensors', 'orbax', 'msgpack' or 'npz'.
         layers: of which models the layers of the result are; empty for all layers of all.
     """
 
@@ -58,6 +59,7 @@ class Request:
     strict: bool = False
     vocabulary: str = "error"
     layers: Ranges = ()
+    format: str = "safetensors"
 
 
 def make_request(
@@ -77,6 +79,7 @@ def make_request(
     strict: bool = False,
     vocabulary: Any = "error",
     layers: Any = (),
+    format: Any = "safetensors",
 ) -> Request:
     """Checks the options one by one and puts them into a `Request`.
 
@@ -99,6 +102,8 @@ def make_request(
     if vocabulary not in VOCABULARIES:
         near = did_you_mean(str(vocabulary), VOCABULARIES)
         problems.append(f"vocabulary: {vocabulary!r} is no choice, {near}")
+    if format not in FORMATS:
+        problems.append(f"format: {format!r} is unknown, {did_you_mean(str(format), FORMATS)}")
     ranges: Ranges = ()
     try:
         ranges = read_layers(layers)
@@ -128,6 +133,7 @@ def make_request(
         bool(strict),
         vocabulary,
         ranges,
+        format,
     )
 
 

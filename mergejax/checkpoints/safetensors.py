@@ -25,6 +25,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "U16": np.dtype(np.uint16),
     "I16": np.dtype(np.int16),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
@@ -63,7 +65,7 @@ class Tensor(NamedTuple):
     """Where the values of one tensor lie.
 
     Attributes:
-        path: of the file.
+        path: of the file, or a `files.Source` that stands for one.
         dtype: of the values.
         shape: of the tensor.
         offset: of its first byte in the file.
@@ -72,7 +74,7 @@ class Tensor(NamedTuple):
             then those of its first part.
     """
 
-    path: pathlib.Path
+    path: Any  # pathlib.Path | Source
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
@@ -97,7 +99,8 @@ class Tensor(NamedTuple):
         """The files that the values come from."""
         if self.rows is not None:
             return self.rows.paths
-        return {self.path} if self.product is None else {self.path, self.product.path}
+        own = self.path if isinstance(self.path, pathlib.Path) else self.path.path
+        return {own} if self.product is None else {own, self.product.path}
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:

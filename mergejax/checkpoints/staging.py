@@ -104,7 +104,7 @@ class Staging:
 
     def publish(self) -> None:
         """Puts the finished files into their place and removes what was staged."""
-        for path in (*self.files.iterdir(), self.files):
+        for path in (*self.files.rglob("*"), self.files):
             _sync(path)
         if self.target.exists():
             former = self.folder / "former"

@@ -12,6 +12,7 @@ from mergejax.checkpoints import pieces
 from mergejax.checkpoints.compare import owner_of
 from mergejax.checkpoints.files import CHUNK
 from mergejax.checkpoints.job import Job
+from mergejax.checkpoints.orbax_arrays import Stored
 from mergejax.checkpoints.pieces import Work
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.plan import local_numbers
@@ -39,7 +40,7 @@ def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
         tensor = job.reference.tensors[info.name]
         owner = [owner_of(job.reference, job.base)]
         works.append(Work(info, [tensor], owner, targets[info.name], True, None))
-    place = {name: (str(t.path), t.offset) for name, t in job.reference.tensors.items()}
+    place = {name: (str(min(t.paths)), t.offset) for name, t in job.reference.tensors.items()}
     # Large leaves that are one part come first, so that no processor waits for them at the end.
     alone = lambda work: len(work.parts()) == 1 and work.info.size > CHUNK
     return sorted(works, key=lambda work: (not alone(work), place[work.info.name]))
@@ -63,7 +64,7 @@ def in_blocks(placed: Sequence[Placed]) -> tuple[list[Placed], list[Due]]:
 def threads(job: Job, works: Sequence[Work]) -> int:
     """How many parts are worked on at once: as many as there are processors and memory for."""
     count = max(2, os.cpu_count() or 2)
-    budget = job.request.memory or free_memory() // 2
+    budget = (job.request.memory or free_memory() // 2) - held_memory(works)
     return max(1, min(count, budget // max(part_memory(work) for work in works)))
 
 
@@ -72,6 +73,13 @@ def part_memory(work: Work) -> int:
     length = min(pieces.PIECE, work.info.size) if work.blocks else work.info.size
     stored = sum(tensor.dtype.itemsize for tensor in work.tensors)
     return length * (stored + 4 * (2 * len(work.tensors) + 4)) + 2**20
+
+
+def held_memory(works: Sequence[Work]) -> int:
+    """Bytes of decoded chunks that are kept for inputs that are stored compressed."""
+    sources = [tensor.path for work in works for tensor in work.tensors]
+    held = {id(source.context): source.held for source in sources if isinstance(source, Stored)}
+    return sum(held.values())
 
 
 def free_memory() -> int:

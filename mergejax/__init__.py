@@ -38,6 +38,8 @@ _PLACES = {
     "simplex_points": "outer",
     "greedy_soup": "soups",
     "stack_layers": "stacking",
+    "Block": "block_by_block",
+    "sequential": "block_by_block",
 }
 _PACKAGES = (
     "alignment",

@@ -1,5 +1,6 @@
 """Translations of recorded cases that learn from data or solve by iteration."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from golden_case import Translation, Untranslatable
@@ -63,5 +64,32 @@ def localized(case):
             layout=case.layout,
         )
         return {"expected": merged, **found}
+
+    return Translation(None, case.base, case.experts, result=result)
+
+
+def regmean_plus_plus(case):
+    """The blocks are the recorded network's three layers; names and layout become Flax's."""
+    take = case.parameters.take
+    method = mj.regmean(shrink=take("reduce_non_diagonal_ratio"))
+    layers = ("fc0", "fc1", "fc2")
+
+    def tree(flat):
+        return {n: {"kernel": flat[f"{n}.weight"].T, "bias": flat[f"{n}.bias"]} for n in layers}
+
+    def block(name):
+        def apply(params, x):
+            y = nn.Dense(params[name]["bias"].size).apply({"params": params[name]}, x)
+            return y if name == "fc2" else nn.relu(y)
+
+        return mj.Block((name,), apply)
+
+    def result():
+        data = [[jnp.asarray(inputs["x"])] for inputs in case.numbered("inputs")]
+        experts = [tree(expert) for expert in case.experts]
+        merged = mj.sequential(method, [block(n) for n in layers], None, experts, data)
+        weights = {f"{name}.weight": layer["kernel"].T for name, layer in merged.items()}
+        biases = {f"{name}.bias": layer["bias"] for name, layer in merged.items()}
+        return {"expected": weights | biases}
 
     return Translation(None, case.base, case.experts, result=result)

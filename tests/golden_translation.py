@@ -292,6 +292,7 @@ TRANSLATIONS: dict[str, Callable[[Case], Translation]] = {
     "ties (per tensor)": lambda case: _ties_masked(case, "tensor"),
     "mats (conjugate gradient)": statistics.mats,
     **alignment.TRANSLATIONS,
+    "fusion_bench/regmean_plusplus": statistics.regmean_plus_plus,
     **elementwise.TRANSLATIONS,
     **lowrank.TRANSLATIONS,
     **spectral.TRANSLATIONS,

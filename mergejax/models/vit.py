@@ -1,10 +1,16 @@
 """A small vision transformer whose parameters are easy to merge: every kernel is [in, out]."""
 
 import string
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from mergejax import block_by_block
+
+FIELDS = ("patch", "width", "depth", "heads", "expansion", "stem", "class_token")
 
 
 def cut_patches(images: jax.Array, size: int) -> jax.Array:
@@ -70,6 +76,28 @@ class Block(nn.Module):
         return tokens + nn.Dense(width, name="mlp_out")(hidden)
 
 
+def embedded(module: "VisionTransformer", images: jax.Array) -> jax.Array:
+    """Tokens [n, tokens, width] of images; its parameters are those of the compact `module`."""
+    images = 2 * images - 1
+    for letter, width in zip(string.ascii_lowercase, module.stem, strict=False):
+        n, height, breadth, _ = images.shape  # letters, because numbers stand for blocks
+        squares = nn.Dense(width, name=f"stem_{letter}")(cut_patches(images, 2))
+        images = nn.gelu(squares).reshape(n, height // 2, breadth // 2, width)
+    tokens = nn.Dense(module.width, name="patches")(cut_patches(images, module.patch))
+    if module.class_token:
+        first = module.param("class_token", nn.initializers.normal(0.02), (1, 1, module.width))
+        first = jnp.broadcast_to(first, (len(tokens), 1, module.width))
+        tokens = jnp.concatenate([first, tokens], axis=1)
+    shape = (1, tokens.shape[1], module.width)
+    positions = module.param("positions", nn.initializers.normal(0.02), shape, jnp.float32)
+    return tokens + positions
+
+
+def pooled(tokens: jax.Array, class_token: bool) -> jax.Array:
+    """The features [n, width] of tokens [n, tokens, width]: the class token, or the mean."""
+    return tokens[:, 0] if class_token else tokens.mean(axis=1)
+
+
 class VisionTransformer(nn.Module):
     """The body of a classifier: images in [0, 1] to one feature vector each.
 
@@ -111,20 +139,53 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images [n, height, width, channels] to features [n, width]."""
-        images = 2 * images - 1
-        for letter, width in zip(string.ascii_lowercase, self.stem, strict=False):
-            n, height, breadth, _ = images.shape  # letters, because numbers stand for blocks
-            squares = nn.Dense(width, name=f"stem_{letter}")(cut_patches(images, 2))
-            images = nn.gelu(squares).reshape(n, height // 2, breadth // 2, width)
-        tokens = nn.Dense(self.width, name="patches")(cut_patches(images, self.patch))
-        if self.class_token:
-            first = self.param("class_token", nn.initializers.normal(0.02), (1, 1, self.width))
-            first = jnp.broadcast_to(first, (len(tokens), 1, self.width))
-            tokens = jnp.concatenate([first, tokens], axis=1)
-        shape = (1, tokens.shape[1], self.width)
-        positions = self.param("positions", nn.initializers.normal(0.02), shape, jnp.float32)
-        tokens = tokens + positions
+        tokens = embedded(self, images)
         for index in range(self.depth):
             tokens = Block(self.heads, self.expansion, name=f"block_{index}")(tokens)
-        tokens = nn.LayerNorm(name="norm")(tokens)
-        return tokens[:, 0] if self.class_token else tokens.mean(axis=1)
+        return pooled(nn.LayerNorm(name="norm")(tokens), self.class_token)
+
+
+class Embedding(VisionTransformer):
+    """What a `VisionTransformer` of the same settings does before its first block."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images [n, height, width, channels] to [n, tokens, width]."""
+        return embedded(self, images)
+
+
+def blocks(model: VisionTransformer, params: Mapping[str, Any]) -> list[block_by_block.Block]:
+    """The model's steps for `mj.sequential`: the embedding, each block, the norm with the mean.
+
+    The embedding is averaged, as RegMean++ does.
+
+    Args:
+        model: the vision transformer.
+        params: its parameters, for the names of its leaves.
+
+    Example:
+        >>> model = VisionTransformer(patch=4, width=16, depth=2, heads=2)
+        >>> params = model.init(jax.random.key(0), jnp.zeros([1, 8, 8, 1]))['params']
+        >>> [block.leaves for block in blocks(model, params)]
+        [('patches', 'positions'), ('block_0',), ('block_1',), ('norm',)]
+    """
+    names = [f"block_{index}" for index in range(model.depth)]
+    embedding = Embedding(**{f: getattr(model, f) for f in FIELDS})
+    layer = Block(model.heads, model.expansion)
+
+    def last(params: Any, tokens: jax.Array) -> jax.Array:
+        normed: Any = nn.LayerNorm().apply({"params": params["norm"]}, tokens)
+        return pooled(normed, model.class_token)
+
+    def middle(name: str) -> Callable[[Any, Any], Any]:
+        return lambda params, tokens: layer.apply({"params": params[name]}, tokens)
+
+    return [
+        block_by_block.Block(
+            tuple(sorted(name for name in params if name not in {*names, "norm"})),
+            lambda params, images: embedding.apply({"params": params}, images),
+            "average()",
+        ),
+        *(block_by_block.Block((name,), middle(name)) for name in names),
+        block_by_block.Block(("norm",), last, "average()"),
+    ]

@@ -1,0 +1,155 @@
+"""Merges block by block, where a block's statistics depend on the blocks merged before it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import serialization
+
+from mergejax import collect
+from mergejax.api import merge
+from mergejax.errors import MergeError, raise_all, some
+from mergejax.registry import as_chain
+
+Tree = Any
+
+
+class Block(NamedTuple):
+    """One step of a model.
+
+    Attributes:
+        leaves: names at the top of the parameters that the step owns.
+        apply: (the parameters under these names, inputs) -> the inputs of the next step.
+        method: what merges these leaves, in place of the call's method.
+    """
+
+    leaves: tuple[str, ...]
+    apply: Callable[[Any, Any], Any]
+    method: Any = None
+
+
+def sequential(
+    method: Any,
+    blocks: Sequence[Block],
+    base: Tree | None,
+    experts: Sequence[Tree],
+    batches: Sequence[Iterable[Any]],
+    *,
+    names: Sequence[str] | None = None,
+    seed: Any = 0,
+    dtype: Any = None,
+) -> Tree:
+    r"""Merges a model block by block, each with Gram matrices seen behind the merged blocks.
+
+    With h_k the data of expert k, and for each block in turn:
+
+    .. math:: G_k = gram(\theta_k^{block}, h_k),\quad
+        \theta^{block} = method(\theta_1^{block}, \ldots; G),\quad
+        h_k \leftarrow block(\theta^{block}, h_k)
+
+    So the inputs that enter a block come from the merged blocks before it, and those inside a
+    block from the expert's own layers. With `mj.regmean(shrink=0.95)` this is RegMean++. Gram
+    matrices of one block are alive at a time, and the inputs of one block for all data.
+
+    Numbers that a method measures of the whole model are measured of each block here.
+
+    Args:
+        method: a method or its string; may read the statistic 'gram' and no other.
+        blocks: the model's steps in order; together they own every leaf once.
+        base: the common start, nested dictionaries of arrays, or None where the method needs none.
+        experts: trees like base.
+        batches: for each expert an iterable of its task's inputs to the first block.
+        names: of the experts; see `mj.merge`.
+        seed: of random methods.
+        dtype: of the result; see `mj.merge`.
+
+    Returns:
+        The merged tree, nested dictionaries.
+
+    Raises:
+        MergeError: blocks that leave out or share leaves, not one iterable per expert, an expert
+            without batches, a method that needs other statistics, and what `mj.merge` and
+            `mj.collect.gram` refuse.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp, mergejax as mj
+        >>> apply = lambda params, x: nn.Dense(1).apply({'params': params['dense']}, x)
+        >>> leaf = lambda x: {'dense': {'kernel': jnp.asarray([[x]]), 'bias': jnp.zeros(1)}}
+        >>> data = [[jnp.asarray([[3.0]])], [jnp.asarray([[1.0]])]]
+        >>> blocks = [mj.Block(('dense',), apply)]
+        >>> merged = mj.sequential(mj.regmean(), blocks, None, [leaf(0.0), leaf(1.0)], data)
+        >>> print(merged['dense']['kernel'].round(3))  # (9 · 0 + 1 · 1) / 10
+        [[0.1]]
+
+    Source: RegMean++, 2025, arXiv:2508.03121. Leaves without a Gram matrix are averaged in every
+    block, also behind the last one, where the authors' code for CLIP keeps the base's.
+    """
+    several = [serialization.to_state_dict(expert) for expert in experts]
+    start = None if base is None else serialization.to_state_dict(base)
+    chosen = [as_chain(method if block.method is None else block.method) for block in blocks]
+    models = {f"expert {i}": tree for i, tree in enumerate(several)}
+    _check(
+        chosen, blocks, models if start is None else {"the base": start, **models}, several, batches
+    )
+    inputs = [list(each) for each in batches]
+    empty = [str(i) for i, each in enumerate(inputs) if not each]
+    if empty:
+        raise MergeError(
+            f"sequential: there is no batch for expert {', '.join(empty)}; give each expert an "
+            "iterable of at least one batch"
+        )
+    merged: dict[str, Any] = {}
+    for number, (block, chain) in enumerate(zip(blocks, chosen, strict=True)):
+        parts = [_part(tree, block) for tree in several]
+        apply = jax.jit(block.apply)
+        needed = {}
+        if "gram" in chain.needs:
+            pairs = zip(parts, inputs, strict=True)
+            needed["gram"] = [collect.gram(apply, part, each) for part, each in pairs]
+        before = None if start is None else _part(start, block)
+        result = merge(chain, before, parts, stats=needed, names=names, seed=seed, dtype=dtype)
+        merged |= result
+        if number + 1 < len(blocks):
+            inputs = [[apply(result, batch) for batch in each] for each in inputs]
+    return merged
+
+
+def _part(tree: Tree, block: Block) -> Tree:
+    return {name: tree[name] for name in block.leaves}
+
+
+def _check(
+    chains: Sequence[Any],
+    blocks: Sequence[Block],
+    models: Mapping[str, Tree],
+    experts: Sequence[Tree],
+    batches: Sequence[Iterable[Any]],
+) -> None:
+    problems = []
+    if not experts:
+        problems.append("sequential: there is no expert to merge; pass at least one")
+    elif len(experts) != len(batches):
+        problems.append(
+            f"sequential: {len(experts)} experts and {len(batches)} iterables of batches; pass one "
+            "for each expert"
+        )
+    for name in {need for chain in chains for need in chain.needs if need != "gram"}:
+        problems.append(
+            f"sequential: the method needs the statistic '{name}', but block by block only 'gram' "
+            "is collected; merge with mj.merge and stats"
+        )
+    owned = [name for block in blocks for name in block.leaves]
+    twice = sorted({name for name in owned if owned.count(name) > 1})
+    if twice:
+        problems.append(f"sequential: {some(twice)} belong to several blocks; name each once")
+    for label, tree in models.items():
+        lost = [name for name in tree if name not in owned]
+        absent = [name for name in owned if name not in tree]
+        if lost:
+            problems.append(
+                f"sequential: {some(lost)} of {label} belong to no block; name them in the "
+                "leaves of a block"
+            )
+        if absent:
+            problems.append(f"sequential: {label} has no {some(absent)}, which a block names")
+    raise_all(problems)

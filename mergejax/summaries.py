@@ -188,6 +188,33 @@ def first_largest(keys: Array, rank: Array) -> Array:
     return (above | (equal & first)) & (rank > 0)
 
 
+def ranks_by_row(keys: Array) -> Array:
+    """The place of every key in the ascending order of its row, of equal ones the first first.
+
+    XLA sorts one array of words on the CPU ten times as fast as it sorts words with their places.
+    So the halves of the keys are sorted with their places in the lower half of the word, first by
+    the lower half of the keys, then by the upper one; a third such sort inverts the permutation.
+
+    Args:
+        keys: uint32 [rows, n].
+
+    Returns:
+        uint32 [rows, n], 0 for the smallest.
+
+    Example:
+        >>> ranks_by_row(jnp.asarray([[5, 1, 5, 0]], jnp.uint32)).tolist()
+        [[2, 1, 3, 0]]
+    """
+    if keys.shape[-1] > BINS:  # a place does not fit into half a word
+        order = jnp.argsort(keys, axis=-1, stable=True)
+        return jnp.argsort(order, axis=-1).astype(jnp.uint32)
+    place, lower = jax.lax.broadcasted_iota(jnp.uint32, keys.shape, 1), jnp.uint32(BINS - 1)
+    sort = lambda half: jnp.sort(half << 16 | place, axis=-1) & lower
+    by_lower = sort(keys)
+    by_upper = sort(jnp.take_along_axis(keys >> 16, by_lower, axis=-1))
+    return sort(jnp.take_along_axis(by_lower, by_upper, axis=-1))
+
+
 def kept_count(size: Any, density: Any) -> Any:
     """floor(density * size), in double precision where the density is known.
 

@@ -17,6 +17,7 @@ from mergejax.summaries import (
     kth_key_by_row,
     magnitude_key,
     magnitude_of,
+    ranks_by_row,
     value_key,
     value_of,
 )
@@ -169,3 +170,13 @@ def test_exact_cut_of_a_tensor_keeps_as_many_and_the_first_of_equals(x, density)
 @given(st.integers(1, 10**12), st.floats(1e-6, 1.0))
 def test_kept_count_is_exact_where_the_density_is_known(size, density):
     assert kept_count(size, density) == int(size * density)
+
+
+@pytest.mark.parametrize("size", [1, 7, 3072, 2**16, 2**16 + 1])
+@pytest.mark.parametrize("kind", ["spread", "crowded", "lower", "upper"])
+def test_ranks_are_those_of_a_stable_sort(size, kind):
+    rng = np.random.default_rng(size)
+    top, shift = {"spread": (32, 0), "crowded": (2, 0), "lower": (16, 0), "upper": (16, 16)}[kind]
+    rows = (rng.integers(0, 2**top, [3, size], np.uint64) << np.uint64(shift)).astype(np.uint32)
+    expected = np.argsort(np.argsort(rows, axis=-1, kind="stable"), axis=-1)
+    np.testing.assert_array_equal(ranks_by_row(jnp.asarray(rows)), expected)

@@ -13,6 +13,7 @@ from mergejax.methods.combine import scale
 from mergejax.methods.elect import disjoint_mean, elect_sign, weigh
 from mergejax.methods.sparsify import Rescale, rescaled
 from mergejax.randomness import keep_mask
+from mergejax.summaries import magnitude_key, ranks_by_row
 
 
 def _keep_probability(rows, density, spread):
@@ -20,11 +21,8 @@ def _keep_probability(rows, density, spread):
     n = rows.shape[-1]
     if n == 1:
         return jnp.broadcast_to(density, rows.shape)
-    order = jnp.argsort(jnp.abs(rows), axis=-1, stable=True)
-    place = jnp.arange(rows.shape[0])[:, None]
-    share = jnp.broadcast_to(jnp.arange(n, dtype=jnp.float32)[None] / (n - 1), rows.shape)
-    ranked = jnp.zeros(rows.shape, jnp.float32).at[place, order].set(share, unique_indices=True)
-    return density - spread + 2 * spread * ranked
+    share = ranks_by_row(magnitude_key(rows)).astype(jnp.float32) / (n - 1)
+    return density - spread + 2 * spread * share
 
 
 @each

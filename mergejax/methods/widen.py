@@ -7,6 +7,7 @@ from mergejax.chains import chain
 from mergejax.core import method, reduce
 from mergejax.hyper import NonNegative
 from mergejax.leaves import as_matrix
+from mergejax.summaries import ranks_by_row, value_key
 
 
 def _units(x, layout):
@@ -18,9 +19,7 @@ def _units(x, layout):
 
 def _ranks(x):
     """The place of each element in the stable ascending order, over the number of elements."""
-    order = jnp.argsort(x, stable=True)
-    places = jnp.arange(x.size, dtype=jnp.float32) / x.size
-    return jnp.zeros_like(x).at[order].set(places, unique_indices=True)
+    return ranks_by_row(value_key(x)[None])[0].astype(jnp.float32) / x.size
 
 
 def _scores(significance, ratio, value):

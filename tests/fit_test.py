@@ -108,13 +108,16 @@ def test_moved_images_are_windows_of_the_padded_ones():
 def test_adapters_change_kernels_alone_and_by_their_rank():
     model = bodies.build({"kind": "resnet", "widths": (8,), "blocks": 1, "groups": 4})
     body, heads = train.initial(model, (8, 8, 1), {"a": 3}, seed=0)
-    images = np.random.default_rng(0).random([40, 8, 8, 1], np.float32)
-    splits = {"a": Split(images, np.arange(40, dtype=np.int32) % 3)}
-    settings = fit.Settings(steps=25, learning_rate=1e-2, batch=16, rank=2)
+    rng, labels = np.random.default_rng(0), np.arange(40, dtype=np.int32) % 3
+    patterns = rng.random([3, 8, 8, 1], np.float32)
+    images = patterns[labels] + 0.1 * rng.random([40, 8, 8, 1], np.float32)
+    heads["a"]["kernel"] = rng.normal(size=heads["a"]["kernel"].shape).astype(np.float32)
+    splits = {"a": Split(images, labels)}
+    settings = fit.Settings(steps=25, learning_rate=1e-2, batch=40, rank=2)
     new, found, losses = fit.fit(
         model, body, heads, splits, settings, seed=[0], classes=3, parts=("adapters",)
     )
-    assert losses[-5:].mean() < losses[:5].mean()
+    assert losses[-1] < 0.85 * losses[0]
     jax.tree.map(np.testing.assert_array_equal, found["a"], heads["a"])
     before, after = (traverse_util.flatten_dict(tree) for tree in (body, new))
     assert before.keys() == after.keys()

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 
 from mergejax.core import Array
 
@@ -12,7 +11,7 @@ from mergejax.core import Array
 def descend(
     gradient: Callable[[Array], Any],
     start: Array,
-    optimizer: optax.GradientTransformation,
+    optimizer: Any,
     steps: int,
 ) -> Array:
     """Takes so many steps of an optimiser.
@@ -20,14 +19,14 @@ def descend(
     Args:
         gradient: (x) -> what the optimiser takes for its update, as a rule the gradient at x.
         start: x before the first step.
-        optimizer: of optax.
+        optimizer: an `optax.GradientTransformation`.
         steps: static.
 
     Returns:
         x after the last step.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax.numpy as jnp, optax
         >>> descend(lambda x: x, jnp.ones(2), optax.sgd(0.5), 3).tolist()
         [0.125, 0.125]
     """

@@ -4,7 +4,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from mergejax.chains import by_role, chain
 from mergejax.core import Array, Parts, fold, method
@@ -55,7 +54,7 @@ def _shortest(first: Array, second: Array) -> Array:
     return jnp.where((one > 0) & (two > 0), inner, 0.5)
 
 
-def balanced(start: Array, decay: Array) -> optax.GradientTransformation:
+def balanced(start: Array, decay: Array) -> Any:
     """Adds up two gradients with a weight that follows the shortest combination of them.
 
     Args:
@@ -63,8 +62,10 @@ def balanced(start: Array, decay: Array) -> optax.GradientTransformation:
         decay: of the weight's moving average; 1 keeps the start.
 
     Returns:
-        A transformation of ((gradient, loss), (gradient, loss)).
+        An `optax.GradientTransformation` of ((gradient, loss), (gradient, loss)).
     """
+
+    import optax  # here, for it takes a third of the time that JAX does
 
     def update(pair: Any, weight: Array, _: Any = None) -> tuple[Array, Array]:
         normalized = [g / jnp.where(loss > 0, loss, 1.0) for g, loss in pair]
@@ -103,6 +104,8 @@ def dual_projection(
 
     def merge(so_far, new):
         sides = _side(so_far, epsilon, space), _side(new, epsilon, space)
+        import optax
+
         optimizer = optax.chain(balanced(alpha, decay), optax.adam(learning_rate))
         middle = so_far + (new - so_far) / 2
         return descend(lambda x: tuple(s.gradient(x) for s in sides), middle, optimizer, steps)

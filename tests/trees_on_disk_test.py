@@ -192,6 +192,9 @@ def test_a_step_is_found_and_a_run_is_refused(tmp_path):
     assert_same(read(tmp_path / "run" / "10"), {"w": np.full(3, 10.0)})
     with pytest.raises(mj.MergeError, match=r"is a run of several steps \('5', '10'\); give one"):
         read(tmp_path / "run")
+    steps = [tmp_path / "run" / step for step in ("5", "10")]
+    mj.merge_checkpoints("average", None, steps, tmp_path / "mean", format="orbax")
+    assert_same(read(tmp_path / "mean"), {"w": np.full(3, 7.5)})
     assert orbax_arrays.is_orbax(tmp_path / "run")
     assert not orbax_arrays.is_orbax(tmp_path / "absent")
 
@@ -251,6 +254,19 @@ def test_formats_that_do_not_fit(options, sentence, tmp_path):
     with pytest.raises(mj.MergeError, match=sentence):
         mj.merge_checkpoints(METHOD, paths[0], paths[1:], tmp_path / "out", **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.msgpack", "1.msgpack"]
+
+
+@pytest.mark.parametrize("form", ["msgpack", "npz", "safetensors"])
+def test_scalars_and_empty_arrays_survive(form, tmp_path):
+    paths = []
+    for i in range(3):
+        nested = {"scale": np.float32(i), "none": np.ones((0, 3), np.float32), "w": np.full(2, i)}
+        nested["w"] = nested["w"].astype(np.float32)
+        paths.append(write("msgpack", tmp_path / f"{i}.msgpack", nested))
+    method = "task_arithmetic(scaling=0.5)"
+    out = mj.merge_checkpoints(method, paths[0], paths[1:], tmp_path / "out", format=form)
+    wanted = {"scale": np.float32(1.5), "none": np.ones((0, 3)), "w": np.full(2, 1.5)}
+    assert_same(read(out), {name: np.float32(value) for name, value in wanted.items()})
 
 
 def test_orbax_refuses_empty_arrays(tmp_path):

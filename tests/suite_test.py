@@ -15,6 +15,7 @@ from mergejax import fit, preflight, progress, suite, workdir
 from mergejax.data import corrupt, images
 from mergejax.models import bodies
 
+pytestmark = pytest.mark.xdist_group("suite")  # one worker makes the runs that all tests read
 ROOT = pathlib.Path(__file__).parent.parent
 TASKS = ("mirror", "quadrants", "quarter_turn")
 

@@ -38,6 +38,7 @@ _PLACES = {
     "simplex_points": "outer",
     "greedy_soup": "soups",
     "stack_layers": "stacking",
+    "average_checkpoints": "checkpoints.average",
     "Block": "block_by_block",
     "sequential": "block_by_block",
 }

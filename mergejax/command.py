@@ -1,4 +1,4 @@
-"""The command `mergejax`: merge, check, inspect, convert, methods.
+"""The command `mergejax`: merge, check, average, inspect, convert, methods.
 
 Bad input is answered with one sentence per problem on standard error and exit status 2, and
 nothing is written; any other failure with one sentence and status 1. `--debug` shows where.
@@ -10,11 +10,11 @@ import pathlib
 import shlex
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from mergejax.errors import MergeError, did_you_mean, raise_all
+from mergejax.checkpoints.config_file import FIELDS, MODELS, read_config
+from mergejax.errors import MergeError, raise_all
 
 _EPILOG = "docs/checkpoints.md tells what is guaranteed; `mergejax methods` lists the methods."
 
@@ -47,6 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_merge(check)
     check.add_argument("--json", action="store_true", help="answer in JSON, every tensor listed")
+    average = commands.add_parser(
+        "average", parents=[shown], help="average steps of one training run"
+    )
+    average.add_argument("run", help="its folder; steps are folders such as 1000, step_1000")
+    average.add_argument("--steps", default=":", metavar="A:B", help="or A,B,C; all by default")
+    average.add_argument("--window", metavar="N", type=_integer, help="the last N of these alone")
+    average.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
+    average.add_argument("--quiet", action="store_true", help="say nothing but problems")
+    _add_result(average)
     inspect = commands.add_parser(
         "inspect", parents=[shown], help="say what experts changed, and how much they disagree"
     )
@@ -70,20 +79,29 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     add("--expert", metavar="DIR", action="append", dest="experts", help="give one for each")
     add("--method", metavar="TEXT", help="such as 'ties(density=0.2)'")
     add("--out", metavar="DIR", help="the folder to write")
-    add("--weights", metavar="W,W", type=_numbers, help="one number per expert")
-    add("--dtype", metavar="TYPE", help="of the result; by default the base's")
+    _add_result(parser)
     add("--seed", metavar="N", type=_integer, help="of random masks; 0 by default")
+    add("--vocabulary", metavar="CHOICE", help="rows of other tokens: error, base or union")
+    add("--layers", metavar="A[0:8]", action="append", help="a range of the result's layers")
+    add("--mergekit", metavar="FILE.yml", help="a configuration file of mergekit")
+    add("--config", metavar="FILE.py", help="a config file; flags and --config.KEY=... come after")
+
+
+_RESULT = ("weights", "dtype", "memory", "shard_size", "format", "overwrite", "only", "exclude",
+           "strict")  # fmt: skip
+
+
+def _add_result(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--weights", metavar="W,W", type=_numbers, help="one number per model")
+    add("--dtype", metavar="TYPE", help="of the result; by default the base's")
     add("--memory", metavar="SIZE", help="budget, such as 2GiB; by default half of what is free")
     add("--shard-size", metavar="SIZE", help="largest file; 5GB by default")
     add("--format", metavar="NAME", help="safetensors (the default), orbax, msgpack or npz")
     add("--overwrite", action="store_true", default=None, help="replace what stands at --out")
     add("--only", metavar="REGEX", action="append", help="merge these tensors alone")
     add("--exclude", metavar="REGEX", action="append", help="keep the base's for these tensors")
-    add("--vocabulary", metavar="CHOICE", help="rows of other tokens: error, base or union")
-    add("--layers", metavar="A[0:8]", action="append", help="a range of the result's layers")
     add("--strict", action="store_true", default=None, help="warnings are errors")
-    add("--mergekit", metavar="FILE.yml", help="a configuration file of mergekit")
-    add("--config", metavar="FILE.py", help="a config file; flags and --config.KEY=... come after")
 
 
 def _numbers(text: str) -> list[float]:
@@ -100,11 +118,6 @@ def _integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"it must be an integer, not '{text}'") from None
 
 
-_FIELDS = ("weights", "dtype", "seed", "memory", "shard_size", "overwrite", "only", "exclude",
-           "format", "strict", "vocabulary", "layers")  # fmt: skip
-_MODELS = ("method", "base", "experts", "out")
-
-
 def _request(given: argparse.Namespace, extra: Sequence[str]) -> Any:
     """The request that flags and the config describe together; a flag comes before the config."""
     from mergejax.checkpoints.request import make_request
@@ -118,53 +131,12 @@ def _request(given: argparse.Namespace, extra: Sequence[str]) -> Any:
         from mergejax.checkpoints.mergekit import read_mergekit
 
         fields |= read_mergekit(given.mergekit)
-    for name in (*_MODELS, *_FIELDS):
+    for name in (*MODELS, *FIELDS):
         if getattr(given, name) is not None:
             fields[name] = getattr(given, name)
-    models = {name: fields.pop(name, None) for name in _MODELS}
+    models = {name: fields.pop(name, None) for name in MODELS}
     models["experts"] = models["experts"] or []
     return make_request(**models, **fields)
-
-
-def read_config(path: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The fields of a config file after `--config.KEY=VALUE`, those that are None left out.
-
-    Args:
-        path: of a Python file with get_config(), an argument behind a colon.
-        overrides: the arguments that are no flags of the command.
-
-    Raises:
-        MergeError: a key that the config or a merge does not have, a value of another type.
-    """
-    from absl import flags
-    from ml_collections import config_flags
-
-    from mergejax.main import first_line
-
-    file = path.partition(".py:")[0] + (".py" if ".py:" in path else "")
-    if not pathlib.Path(file).is_file():
-        raise MergeError(f"--config={path}: there is no such file")
-    values = flags.FlagValues()
-    command = ["mergejax", f"--config={path}", *overrides]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
-    try:
-        with warnings.catch_warnings():  # the library loads files in a way that is deprecated
-            warnings.simplefilter("ignore", DeprecationWarning)
-            rest = values(command)
-        fields = dict(values["config"].value.to_dict())  # type: ignore[union-attr]
-    except MergeError:
-        raise
-    except Exception as error:
-        raise MergeError(f"--config={path}: {first_line(error)}") from None
-    known = (*_MODELS, *_FIELDS)
-    problems = [f"'{argument}' is no flag; see mergejax merge --help" for argument in rest[1:]]
-    problems += [
-        f"--config={path}: a merge has no field '{key}', {did_you_mean(key, known)}"
-        for key in fields
-        if key not in known
-    ]
-    raise_all(problems)
-    return {key: value for key, value in fields.items() if value not in (None, "", ())}
 
 
 def config_of(request: Any) -> str:
@@ -240,6 +212,17 @@ def _inspect(given: argparse.Namespace) -> None:
         inspect.write(found, pathlib.Path(given.out))
 
 
+def _average(given: argparse.Namespace) -> None:
+    from mergejax.checkpoints.average import average_checkpoints
+    from mergejax.progress import Printer
+
+    options = {name: getattr(given, name) for name in _RESULT if getattr(given, name) is not None}
+    reporter = None if given.quiet else Printer()
+    average_checkpoints(
+        given.run, given.out, given.steps, window=given.window, reporter=reporter, **options
+    )
+
+
 def _convert(given: argparse.Namespace) -> None:
     from mergejax.checkpoints import convert
 
@@ -253,7 +236,12 @@ def run(arguments: Sequence[str]) -> int:
     if given.command is None:
         parser.print_help()
         return 0
-    plain = {"methods": _methods, "inspect": _inspect, "convert": _convert}
+    plain = {
+        "methods": _methods,
+        "inspect": _inspect,
+        "convert": _convert,
+        "average": _average,
+    }
     if given.command in plain:
         raise_all([f"'{argument}' is no flag" for argument in extra])
         plain[given.command](given)

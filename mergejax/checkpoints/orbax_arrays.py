@@ -52,8 +52,8 @@ def checkpoint_in(path: pathlib.Path) -> pathlib.Path:
     if any(item.name.isdigit() for item in items) or not items:
         steps = [item.name for item in items] or _steps(path)
         raise MergeError(
-            f"{path} is a run of several steps ({some(steps)}); give one of them, or merge "
-            "several as experts with the method 'average'"
+            f"{path} is a run of several steps ({some(steps)}); give one of them, or average "
+            "them with 'mergejax average'"
         )
     for name in _ITEMS:
         if path / name in items:

@@ -14,6 +14,8 @@ from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.safetensors import Tensor
 
 _QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|SCB|weight_scale(_inv)?|absmax|quant_state.*)$")
+_OUTPUT = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight")
 _SAMPLE = 4096  # bytes of each tensor that are compared first
 
 
@@ -156,6 +158,21 @@ def type_warnings(base: Model | None, experts: Sequence[Model]) -> list[str]:
             stored = ", ".join(f"{got} for {wanted}" for got, wanted in sorted(pairs))
             lines.append(f"expert '{expert.name}' stores {stored}; sums are taken in float32")
     return lines
+
+
+def stored_twice(model: Model) -> list[str]:
+    """A warning about an output that the configuration ties to an embedding, if both are stored."""
+    if not model.config.get("tie_word_embeddings") or _OUTPUT not in model.tensors:
+        return []
+    shape = model.tensors[_OUTPUT].shape
+    twins = [name for name in model.tensors if name.endswith(_EMBEDDINGS)]
+    return [
+        f"'{model.name}' ties '{_OUTPUT}' to '{name}' and stores both; they are merged as two "
+        "tensors and count twice in whole-model numbers, and random masks make them differ; "
+        "leave one out of its files"
+        for name in twins[:1]
+        if model.tensors[name].shape == shape
+    ]
 
 
 def doubles(base: Model | None, experts: Sequence[Model]) -> tuple[list[str], list[str]]:

@@ -158,7 +158,8 @@ def _look_at_values(
     problems.findings += compare.differing_buffers(base, experts, integers)
     if base is not None:
         warnings += compare.sentences(compare.transposed(base, experts))
-    return [*compare.type_warnings(base, experts), *warnings]
+    tied = compare.stored_twice(reference)
+    return [*compare.type_warnings(base, experts), *tied, *warnings]
 
 
 def target_problems(request: Request) -> list[str]:

@@ -113,6 +113,8 @@ without_a = {key: x for key, x in state().items() if key != A}
         (state(), {"r": 2}, "the configuration has no 'lora_alpha'; pass PEFT's adapter_config"),
         (state(), {**CONFIG, "use_dora": True}, "the configuration has use_dora=True, but plain"),
         (state(), {**CONFIG, "bias": "all"}, "the configuration has bias='all', but plain LoRA"),
+        (state(), {**CONFIG, "init_lora_weights": "pissa"}, "the configuration has init_lora_w"),
+        (state(), {**CONFIG, "layer_replication": [[0, 2]]}, "the configuration has layer_repl"),
         (state(), {**CONFIG, "peft_type": "IA3"}, "the configuration has peft_type='IA3', but"),
         (changed(**{"base_model.model.score.weight": np.ones(2)}), CONFIG, "'base_model.model.sco"),
         (changed(**{A: np.ones((2, 5, 3, 3))}), CONFIG, f"'{A}' has shape (2, 5, 3, 3), but fact"),

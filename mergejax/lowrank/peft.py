@@ -11,6 +11,12 @@ from mergejax.errors import raise_all
 from mergejax.lowrank.factors import Adapter, Factors, folded
 
 _PREFIX = "base_model.model."
+# Fields of PEFT's configuration that make of LoRA something else.
+_VARIANTS = (
+    "layer_replication", "lora_bias", "target_parameters", "trainable_token_indices",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+    "monteclora_config", "megatron_config",
+)  # fmt: skip
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 
 
@@ -78,7 +84,14 @@ def _configuration_problems(config: Mapping[str, Any]) -> list[str]:
         for name in ("r", "lora_alpha")
         if name not in config
     ]
-    allowed = {"peft_type": (None, "LORA"), "use_dora": (None, False), "bias": (None, "none")}
+    allowed: dict[str, tuple[Any, ...]] = {
+        "peft_type": (None, "LORA"),
+        "use_dora": (None, False),
+        "bias": (None, "none"),
+        # Others take something out of the base's weights when the adapter is begun.
+        "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+    }
+    allowed |= dict.fromkeys(_VARIANTS, (None, False, [], {}))
     return problems + [
         f"the configuration has {name}={config[name]!r}, but plain LoRA is read; merge the weights "
         "of such models instead"

@@ -58,8 +58,11 @@ def test_two_adapters_of_one_base_are_no_doubles(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"use_dora": True}, "use_dora=True, but plain LoRA is read"),
-        ({"bias": "all"}, "bias='all', but plain LoRA is read"),
+        ({"use_dora": True}, "has no magnitudes of 'model.layers.0.q_proj.weight'"),
+        ({"bias": "some"}, "bias='some', but plain LoRA is read"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', but plain LoRA is read"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\], but plain LoRA"),
+        ({"lora_bias": True}, "lora_bias=True, but plain LoRA is read"),
         ({"peft_type": "IA3"}, "peft_type='IA3', but plain LoRA is read"),
         ({"r": 3}, "the configuration says rank 3"),
         ({"layer": "model.layers.7.q_proj"}, "'model.layers.7.q_proj.weight', which the base lack"),
@@ -85,14 +88,35 @@ def test_an_adapter_needs_a_base_and_its_factors(tmp_path):
         mj.merge_checkpoints("average()", base, [tmp_path / "lora"], tmp_path / "out")
 
 
+def test_what_an_adapter_saves_whole_must_be_the_base_s(tmp_path):
+    base, _ = disk_models.family(tmp_path, experts=1)
+    adapter(tmp_path / "lora", modules_to_save=["embed_tokens"])
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    state = load_file(file)
+    for key, sentence in {
+        "model.embed_tokens.weight": "apart from the output layer that shares it in the base",
+        "score.weight": "it saves 'score.weight', which the base lacks",
+        "model.layers.0.q_proj.bias": "is a bias, but the configuration has bias='none'",
+    }.items():
+        save_file(state | {f"base_model.model.{key}": np.ones((10, 6), np.float32)}, file)
+        with pytest.raises(mj.MergeError, match=sentence):
+            mj.merge_checkpoints("ties()", base, [tmp_path / "lora"], tmp_path / "out")
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["llama", "rslora", "rank pattern", "gpt2"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama", "rslora", "rank pattern", "gpt2", "dora", "dora gpt2", "bias all",
+        "bias lora_only", "saved",
+    ],
+)  # fmt: skip
 def test_peft_merges_its_adapter_into_the_same_model(kind, tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch makes the adapter")
     peft = pytest.importorskip("peft", reason="PEFT makes the adapter")
     transformers = pytest.importorskip("transformers", reason="transformers makes the base")
     torch.manual_seed(0)
-    if kind == "gpt2":
+    if "gpt2" in kind:
         settings = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)
         model, targets = transformers.GPT2LMHeadModel(settings), ["c_attn"]
     else:
@@ -103,6 +127,7 @@ def test_peft_merges_its_adapter_into_the_same_model(kind, tmp_path):
             num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=64,
+            attention_bias="bias" in kind,
         )
         model, targets = transformers.LlamaForCausalLM(settings), ["q_proj", "down_proj"]
     model.save_pretrained(tmp_path / "base")
@@ -113,10 +138,16 @@ def test_peft_merges_its_adapter_into_the_same_model(kind, tmp_path):
         target_modules=targets,
         use_rslora=kind == "rslora",
         rank_pattern=pattern,
-        fan_in_fan_out=kind == "gpt2",
+        fan_in_fan_out="gpt2" in kind,
         init_lora_weights=False,
+        use_dora="dora" in kind,
+        bias=kind.removeprefix("bias ") if "bias" in kind else "none",
+        modules_to_save=["lm_head", "norm"] if kind == "saved" else None,
     )
     wrapped = peft.get_peft_model(model, config)
+    for name, x in wrapped.named_parameters():  # as training would
+        if "magnitude" in name or "modules_to_save" in name or (x.requires_grad and "bias" in name):
+            x.data += 0.1 * torch.randn_like(x)
     wrapped.save_pretrained(tmp_path / "lora")
     out = mj.merge_checkpoints(
         "task_arithmetic(scaling=1.0)", tmp_path / "base", [tmp_path / "lora"], tmp_path / "out"

@@ -17,6 +17,9 @@ EMBED = "model.embed_tokens.weight"
 QUERY = "model.layers.0.q_proj.weight"
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
 class Case:
     """Models in a folder, and the command line that is to be refused."""
 
@@ -149,6 +152,17 @@ def leave_the_folder(case):
     index.write_text(json.dumps(content))
 
 
+def name_a_tensor_twice(case):
+    index = case.shard()
+    one = f'"{EMBED}": "model-00002-of-00002.safetensors"'
+    index.write_text(index.read_text().replace('"weight_map": {', f'"weight_map": {{{one}, '))
+
+
+def point_a_shard(case):
+    index = case.shard()
+    (index.parent / "model-00002-of-00002.safetensors").write_bytes(POINTER)
+
+
 def break_the_index(case):
     case.shard().write_text("{")
 
@@ -234,6 +248,32 @@ def same_content(case):
     disk_models.write(case.b, load_file(case.a / folder.SINGLE))
 
 
+def same_path_by_a_link(case):
+    case.b = case.root / "link"
+    case.b.symlink_to(case.a)
+
+
+def out_is_a_link(case):
+    case.out.symlink_to(case.root / "elsewhere")
+
+
+def out_lies_below_a_file(case):
+    (case.root / "file").write_text("mine")
+    case.out = case.root / "file" / "new" / "out"
+
+
+def config(line):
+    """A config file with one line of its own."""
+
+    def change(case):
+        path = case.root / "config.py"
+        text = "import ml_collections\ndef get_config():\n  c = ml_collections.ConfigDict()\n"
+        path.write_text(f"{text}  {line}\n  return c\n")
+        case.more = ["--config", path]
+
+    return change
+
+
 def equal_to_base(case):
     disk_models.write(case.b, load_file(case.base / folder.SINGLE))
     case.more = ["--strict"]
@@ -269,8 +309,17 @@ CASES = {
     "an empty folder": (empty_folder, r"nothing is an empty folder"),
     "an empty file": (write_file(b""), r"expert0/model.safetensors is empty; download"),
     "a git-lfs pointer": (
-        write_file(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        write_file(POINTER),
         r"model.safetensors is a git-lfs pointer.*'git lfs pull'",
+    ),
+    "a shard that is a git-lfs pointer": (point_a_shard, r"00002.safetensors is a git-lfs pointer"),
+    "an index that is a git-lfs pointer": (
+        lambda case: case.shard().write_bytes(POINTER),
+        r"index.json is a git-lfs pointer; run 'git lfs pull'",
+    ),
+    "a config that is a git-lfs pointer": (
+        lambda case: (case.a / "config.json").write_bytes(POINTER),
+        r"config.json is a git-lfs pointer; run 'git lfs pull'",
     ),
     "a file that is something else": (write_file(b"<!DOCTYPE html><html>" * 9), r"truncated or no"),
     "a short file": (write_file(b"\x10\0\0"), r"the file has 3 bytes"),
@@ -281,6 +330,13 @@ CASES = {
     ),
     "a corrupt header": (write_file(disk_models.raw(b"{nonsense")), r"its header is corrupt"),
     "a header that is no text": (write_file(disk_models.raw(b"\xff\xfe{}")), r"header is corrupt"),
+    "a header that claims 2^63 bytes": (
+        write_file((2**63).to_bytes(8, "little") + b"{}" * 20),
+        r"less than its header claims",
+    ),
+    "a header of no bytes": (write_file(bytes(8)), r"its header is corrupt"),
+    "offsets that are no integers": (entry(data_offsets=[0.0, 72.0]), r"the impossible offsets"),
+    "offsets before the start": (entry(data_offsets=[-72, 0]), r"the impossible offsets"),
     "a header nested without end": (
         write_file(disk_models.raw(b'{"a":' + b"[" * 100_000)),
         r"its header is corrupt",
@@ -308,6 +364,7 @@ CASES = {
     "a tensor that the index lacks": (hide_a_tensor, rf"holds '{EMBED}', which .* does not say"),
     "an index that leaves its folder": (leave_the_folder, rf"'{EMBED}' lie in no file of this"),
     "a corrupt index": (break_the_index, r"model.safetensors.index.json is no JSON"),
+    "an index that names a tensor twice": (name_a_tensor_twice, rf"it has '{EMBED}' twice"),
     "a stale file beside an index": (leave_a_stale_index, r"holds both"),
     "another width": (rebuild(width=8), r"expert 'expert1' has 8 tensors"),
     "another vocabulary": (
@@ -339,6 +396,9 @@ CASES = {
         r"is not a method",
     ),
     "weights that sum to zero": (method("linear(weights=[1, -1])"), r"sums to zero"),
+    "weights by flag that sum to zero": (method("linear()", "--weights", "1,-1"), r"sums to zero"),
+    "a weight that is NaN": (method("linear()", "--weights", "nan,1"), r"must be in .* not nan"),
+    "a weight that is infinite": (method("linear()", "--weights", "1,inf"), r"must be in .* inf"),
     "weights of the wrong length": (method("linear(weights=[1, 2, 3])"), r"has 3 numbers"),
     "weights by flag, too few": (method("linear()", "--weights", "1"), r"has 1 numbers"),
     "weights that are no numbers": (
@@ -363,9 +423,33 @@ CASES = {
     "quantised weights": (quantised, r"the base is quantised: 'model.layers.0.q_proj.qweight'"),
     "a quantised model": (quantised_by_config, r"'expert0' is quantised by its config.json"),
     "one expert twice": (same_path, r"expert0 is given as an expert twice"),
+    "one expert twice, once by a link": (same_path_by_a_link, r"is given as an expert twice"),
     "experts of equal content": (same_content, r"'expert0' and 'expert1' hold the same values"),
     "an expert equal to the base": (equal_to_base, r"'expert1' holds the base's values"),
     "an output that is a file": (out_is_a_file, r"out is not a folder"),
+    "an output that is a link": (out_is_a_link, r"out is not a folder"),
+    "an output below a file": (out_lies_below_a_file, r"file is not a folder; choose another out"),
+    "an output without a name": (out_is(lambda case: ""), r"out: '' names no folder"),
+    "an output that is the root": (out_is(lambda case: "/"), r"out: '/' names no folder"),
+    "an output of too long a name": (
+        out_is(lambda case: case.root / ("y" * 250)),
+        r"out: the path .* cannot be used \(File name too long\)",
+    ),
+    "an expert without a name": (
+        lambda case: setattr(case, "a", ""),
+        r"an expert: '' names no folder",
+    ),
+    "an expert of too long a name": (
+        lambda case: setattr(case, "a", "y" * 300),
+        r"an expert: the path .* cannot be used \(File name too long\)",
+    ),
+    "an expert with a zero byte": (
+        lambda case: setattr(case, "a", "a\0b"),
+        r"an expert: the path .* cannot be used \(embedded null byte\)",
+    ),
+    "an unknown key of a config": (config("c.methd = 'ties()'"), r"no field 'methd', did you mean"),
+    "a config that fails": (config("1 / 0"), r"config.py: division by zero"),
+    "a config that is missing": (flag("--config", "nowhere.py"), r"nowhere.py: there is no such"),
     "an output that is in use": (out_is_full, r"out is not empty"),
     "an output that is an input": (out_is(lambda case: case.a), r"is or lies inside the input"),
     "an output inside an input": (out_is(lambda case: case.b / "x"), r"is or lies inside the inp"),

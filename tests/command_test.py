@@ -7,6 +7,7 @@ import sys
 import time
 
 import disk_models
+import jax
 import pytest
 
 import mergejax as mj
@@ -50,6 +51,22 @@ def test_help_imports_no_jax():
     assert ran.stdout.endswith("False False\n")
 
 
+def test_missing_paths_are_told_without_jax(tmp_path):
+    base = disk_models.family(tmp_path)[0]
+    more = flags([base, "absent1", "absent2"], "--method", "tis()", "--out", base / "out")
+    script = (
+        "import sys; from mergejax import command\n"
+        f"try: command.launch({['merge', *map(str, more)]})\n"
+        "except SystemExit as status: print(status.code, 'jax' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == "2 False\n"
+    first, second, third = ran.stderr.splitlines()
+    assert first.startswith("absent1: there is no such file or folder")
+    assert second.startswith("absent2: there is no such file or folder")
+    assert "lies inside the input" in third
+
+
 def test_a_merge_from_the_command_line(tmp_path):
     models = disk_models.family(tmp_path)
     out = tmp_path / "out"
@@ -78,6 +95,58 @@ def test_a_killed_merge_continues(tmp_path):
     expected = mj.merge_checkpoints("average()", models[0], models[1:], tmp_path / "expected")
     assert disk_models.snapshot(tmp_path / "out") == disk_models.snapshot(expected)
     assert not journal.parent.exists()
+
+
+def test_a_disk_that_fills_up_is_told_and_the_same_command_continues(tmp_path):
+    pytest.importorskip("resource")
+    models = disk_models.family(tmp_path, rows=4000, width=64, layers=12)
+    arguments = ["merge", *flags(models, "--method", "average()", "--out", tmp_path / "out")]
+    largest = (models[0] / "model.safetensors").stat().st_size * 7 // 10
+    script = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, {largest}))\n"
+        "from mergejax import command; command.launch()"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments), "--quiet"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    staged = tmp_path / ".out.merging"
+    assert ran.returncode == 1
+    assert len(ran.stderr.splitlines()) == 1
+    assert f"what was done is kept in {staged}; the same command continues" in ran.stderr
+    assert b'"out"' in (staged / "journal.jsonl").read_bytes()
+    assert not (tmp_path / "out").exists()
+    ran = call(*arguments)
+    assert ran.returncode == 0
+    assert f"continuing from {staged}" in ran.stdout
+    expected = mj.merge_checkpoints("average()", models[0], models[1:], tmp_path / "expected")
+    assert disk_models.snapshot(tmp_path / "out") == disk_models.snapshot(expected)
+    assert not staged.exists()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_bytes_do_not_depend_on_the_number_of_devices(count, tmp_path):
+    """Elementwise, whole-model and spectral methods; this process has four devices."""
+    assert jax.device_count() == 4
+    base, *experts = map(str, disk_models.family(tmp_path, rows=40, width=24))
+    methods = ["dare(rate=0.5)", "ties(density=0.3)", "iso_c()"]
+    script = (
+        "import jax, mergejax as mj\n"
+        f"for i, method in enumerate({methods}):\n"
+        f"    mj.merge_checkpoints(method, {base!r}, {experts}, f'{tmp_path}/{{i}}')\n"
+        "print(jax.device_count())"
+    )
+    several = f"--xla_force_host_platform_device_count={count}"
+    environment = {**os.environ, "XLA_FLAGS": several, "JAX_PLATFORMS": "cpu"}
+    environment.pop("JAX_NUM_CPU_DEVICES", None)
+    python = [sys.executable, "-c", script]
+    ran = subprocess.run(python, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert ran.stdout == f"{count}\n", ran.stderr
+    for i, method in enumerate(methods):
+        out = mj.merge_checkpoints(method, base, experts, tmp_path / f"expected{i}")
+        assert disk_models.snapshot(tmp_path / str(i)) == disk_models.snapshot(out), method
 
 
 def test_check_forecasts_and_writes_nothing(tmp_path, capsys):

@@ -211,8 +211,12 @@ def _same_product(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same part of an adapter, or none."""
     if a.product is None or b.product is None:
         return a.product is b.product
-    pairs = zip(a.product[1:], b.product[1:], strict=True)
-    return all(np.array_equal(x, y) for x, y in pairs)
+    if not all(np.array_equal(x, y) for x, y in zip(a.product[1:3], b.product[1:3], strict=True)):
+        return False
+    first, second = a.product.factors, b.product.factors
+    if first is None or second is None:
+        return first is second
+    return np.array_equal(first(), second())
 
 
 def _same_bytes(a: Tensor, b: Tensor, count: int, files: Files) -> bool:

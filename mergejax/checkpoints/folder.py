@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mergejax.checkpoints import msgpack, npz, orbax_arrays, safetensors, torch_files
+from mergejax.checkpoints import hub, msgpack, npz, orbax_arrays, safetensors, torch_files
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.errors import MergeError, did_you_mean, raise_all, some
 
@@ -51,7 +51,7 @@ def open_model(path: str | pathlib.Path, name: str | None = None) -> Model:
     """Opens a folder as `transformers` or Orbax writes it, or a bare file of weights.
 
     Args:
-        path: of the folder or the file.
+        path: of the folder or the file, or 'owner/name' of a model on the Hub.
         name: what to call the model; by default the last part of its path.
 
     Returns:
@@ -67,6 +67,7 @@ def open_model(path: str | pathlib.Path, name: str | None = None) -> Model:
     """
     path = pathlib.Path(path)
     name = name or path.resolve().name
+    path = hub.find(path)
     if not path.exists():
         hint = f" {_near(path)}" if _near(path) else ""
         raise MergeError(f"{path}: there is no such file or folder; check the path{hint}")
@@ -145,7 +146,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         MergeError: it cannot be read or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(safetensors.POINTER.decode()):
+            raise MergeError(f"{path} is a git-lfs pointer; run 'git lfs pull'")
+        content = json.loads(text, object_pairs_hook=safetensors.unique)
+    except MergeError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MergeError(f"{path} is no JSON ({reason}); restore the file") from None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mergejax import errors
-from mergejax.checkpoints import adapters, compare, folder, output
+from mergejax.checkpoints import adapters, compare, folder, hub, output
 from mergejax.checkpoints.compare import Finding
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.request import FLOATS, Request, show_size
@@ -98,10 +98,11 @@ def prepare(request: Request) -> tuple[Job | None, Problems, list[str]]:
         else:
             problems.lines += _same_paths(models[request.base is not None :])
     problems.lines += target_problems(request)
-    from mergejax.checkpoints.chosen import method_of  # here, for it imports JAX
+    method = job = None
+    if not _missing(request, models):
+        from mergejax.checkpoints.chosen import method_of  # here, for it imports JAX
 
-    method = problems.attempt(method_of, request.method, request.weights)
-    job = None
+        method = problems.attempt(method_of, request.method, request.weights)
     if views is not None and method is not None and not problems.findings:
         job = problems.attempt(_plan, request, base, tuple(experts), method)
     if job is not None:
@@ -123,8 +124,11 @@ def open_models(request: Request, problems: Problems) -> list[Any]:
         own = request.base.resolve().name
         names = [own if own not in names else f"{own} (base)", *names]
     models: list[Any] = []
-    for path, name in zip(paths, names, strict=True):
-        if not adapters.is_adapter(path):
+    for given, name in zip(paths, names, strict=True):
+        path = problems.attempt(hub.find, given)
+        if path is None:
+            models.append(None)
+        elif not adapters.is_adapter(path):
             models.append(problems.attempt(folder.open_model, path, name))
         elif request.base is not None and models[:1] == [None]:
             models.append(None)  # its base cannot be opened, which has been said
@@ -132,6 +136,12 @@ def open_models(request: Request, problems: Problems) -> list[Any]:
             base = models[0] if models and request.base is not None else None
             models.append(problems.attempt(adapters.open_adapter, path, name, base))
     return models
+
+
+def _missing(request: Request, models: Sequence[Any]) -> bool:
+    """Whether a path leads nowhere, which is answered at once."""
+    paths = [*([] if request.base is None else [request.base]), *request.experts]
+    return any(m is None and not p.exists() for m, p in zip(models, paths, strict=True))
 
 
 def _same_paths(experts: Sequence[Model]) -> list[str]:
@@ -170,6 +180,8 @@ def target_problems(request: Request) -> list[str]:
     whole = out.resolve()
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         problems.append(f"{out} is not a folder; choose another output")
+    elif not existing_parent(out).is_dir():
+        problems.append(f"{existing_parent(out)} is not a folder; choose another output than {out}")
     for path in (*request.experts, *([] if request.base is None else [request.base])):
         source = path.resolve()
         if path.is_dir() and whole.is_relative_to(source):

@@ -105,7 +105,7 @@ def read_piece(
     values = np.frombuffer(buffer, place.dtype, place.size)
     if tensor.product is None:
         return values
-    return values.astype(np.float32) + tensor.product.flat(*piece)
+    return tensor.product.onto(values, *piece)
 
 
 def start_of(index: int) -> np.ndarray:

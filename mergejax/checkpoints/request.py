@@ -104,6 +104,8 @@ def make_request(
         problems.append(f"vocabulary: {vocabulary!r} is no choice, {near}")
     if format not in FORMATS:
         problems.append(f"format: {format!r} is unknown, {did_you_mean(str(format), FORMATS)}")
+    for what, path in (("base", base), *(("an expert", x) for x in experts), ("out", out)):
+        problems += [] if path is None else _path_problems(what, path)
     ranges: Ranges = ()
     try:
         ranges = read_layers(layers)
@@ -135,6 +137,24 @@ def make_request(
         ranges,
         format,
     )
+
+
+def _path_problems(what: str, value: Any) -> list[str]:
+    """Why a path cannot be one, whatever lies there; that nothing does is said elsewhere."""
+    if not isinstance(value, str | os.PathLike):
+        return [f"{what} must be a path, not {value!r}"]
+    path = pathlib.Path(value)
+    if not os.fspath(value) or (what == "out" and path.name in ("", "..")):
+        return [f"{what}: {os.fspath(value)!r} names no folder; write its name"]
+    used = path.with_name(f".{path.name}.merging") if what == "out" else path
+    try:
+        os.stat(used)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError) as error:  # too long, forbidden, a loop of links, a zero byte
+        reason = getattr(error, "strerror", None) or error
+        return [f"{what}: the path {str(path)[:80]!r} cannot be used ({reason}); choose another"]
+    return []
 
 
 def _patterns(value: Any) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -38,27 +38,41 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANKS = {code: rank for rank, code in enumerate(DTYPES)}
 _LONGEST = 100_000_000  # bytes of a header; the reference reader refuses longer ones
 QUANTIZED = "mergejax.quantize"  # the format of files of `mj.quantize.save`
-_POINTER = b"version https://git-lfs"
+POINTER = b"version https://git-lfs"
 
 
 class Product(NamedTuple):
-    """A matrix that is added to a tensor when it is read: left [rows, r] times right [r, columns].
+    """What an adapter makes of a matrix when it is read: W + left right, or that times a factor.
 
     Attributes:
         path: of the file that it comes from.
-        left, right: float64.
+        left, right: [rows, r] and [r, columns], float64.
+        factors: gives one factor a row, [rows, 1], or a column, [1, columns], float64; None for
+            plain LoRA.
     """
 
     path: pathlib.Path
     left: np.ndarray
     right: np.ndarray
+    factors: Callable[[], np.ndarray] | None = None
 
-    def flat(self, start: int, stop: int) -> np.ndarray:
-        """The elements from `start` to `stop` in the order of rows, float32."""
+    def onto(self, values: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """The elements from `start` to `stop` in the order of rows, float32.
+
+        Args:
+            values: those elements of the matrix, flat.
+            start, stop: the first one, and the one behind the last.
+        """
         columns = self.right.shape[1]
-        first = start // columns
-        rows = self.left[first : -(-stop // columns)] @ self.right
-        return rows.reshape(-1)[start - first * columns : stop - first * columns].astype(np.float32)
+        first, last = start // columns, -(-stop // columns)
+        mine = slice(start - first * columns, stop - first * columns)
+        product = (self.left[first:last] @ self.right).reshape(-1)[mine]
+        if self.factors is None:
+            return values.astype(np.float32) + product.astype(np.float32)
+        factors = self.factors()
+        factors = factors[first:last] if factors.shape[1] == 1 else factors
+        every = np.broadcast_to(factors, (last - first, columns)).reshape(-1)[mine]
+        return ((values.astype(np.float64) + product) * every).astype(np.float32)
 
 
 class Tensor(NamedTuple):
@@ -153,7 +167,7 @@ def _entries(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
         raise MergeError(f"{path} cannot be read ({error.strerror}); check the file") from None
     if length == 0:
         raise MergeError(f"{path} is empty; download it again")
-    if start.startswith(_POINTER):
+    if start.startswith(POINTER):
         raise MergeError(f"{path} is a git-lfs pointer, not the weights; run 'git lfs pull'")
     if len(head) < 8 or size > length - 8:
         raise MergeError(
@@ -163,7 +177,7 @@ def _entries(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
     if size > _LONGEST:
         raise MergeError(f"{path}: its header claims {size} bytes; this is no safetensors file")
     try:
-        header = json.loads(rest.decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(rest.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise MergeError(
@@ -174,7 +188,8 @@ def _entries(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + size, length
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of a JSON text, whose names differ; ValueError otherwise."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -14,14 +14,14 @@ LEAF = re.compile(
     r"embed_tokens|lm_head|\bwte\b|word_embeddings|shared\.weight|decoder\.(weight|bias)$"
     r"|predictions\.bias|embed_out"
 )
-_EMBEDDING = re.compile(r"embed_tokens|\bwte\b|word_embeddings|shared\.weight")
+EMBEDDING = re.compile(r"embed_tokens|\bwte\b|word_embeddings|shared\.weight")
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
 
 
 def leaves_of(model: Model) -> list[str]:
     """The leaves that have one row for each token, embedding and output alike."""
     named = [name for name, tensor in model.tensors.items() if LEAF.search(name) and tensor.shape]
-    first = next((n for n in named if _EMBEDDING.search(n)), named[0] if named else None)
+    first = next((n for n in named if EMBEDDING.search(n)), named[0] if named else None)
     count = model.tensors[first].shape[0] if first else 0
     return [name for name in named if model.tensors[name].shape[0] == count]
 

@@ -48,6 +48,7 @@ _PACKAGES = (
     "compress",
     "hyper",
     "lowrank",
+    "models",
     "quantize",
     "representation",
 )

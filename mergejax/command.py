@@ -68,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="a model, a Flax msgpack file, an Orbax folder")
     convert.add_argument("target", help="ends with .safetensors, .npz or .msgpack, else Orbax")
     convert.add_argument("--format", help="if the target's name does not say it")
+    convert.add_argument("--layout", help="flax or torch: names and layouts of that framework")
+    convert.add_argument("--config", metavar="FILE", help="a config.json, if the source has none")
+    convert.add_argument("--ignore", metavar="REGEX", action="append", help="leave tensors out")
+    convert.add_argument("--padding", default="error", help="rows beyond vocab_size: keep or drop")
+    convert.add_argument("--memory", metavar="SIZE", default="256MiB", help="for transposed leaves")
     methods = commands.add_parser("methods", parents=[shown], help="list methods, or explain one")
     methods.add_argument("name", nargs="?", help="of a method or a piece")
     return parser
@@ -225,8 +230,24 @@ def _average(given: argparse.Namespace) -> None:
 
 def _convert(given: argparse.Namespace) -> None:
     from mergejax.checkpoints import convert
+    from mergejax.checkpoints.request import read_size
 
-    print(f"{convert.convert(given.source, given.target, given.format)} is written")
+    try:
+        memory = read_size(given.memory)
+    except ValueError:
+        raise MergeError(f"--memory must be a size such as 2GiB, not '{given.memory}'") from None
+    target = convert.convert(
+        given.source,
+        given.target,
+        given.format,
+        layout=given.layout,
+        config=given.config,
+        ignore=given.ignore or (),
+        padding=given.padding,
+        memory=memory,
+        say=print,
+    )
+    print(f"{target} is written")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -30,8 +30,8 @@ def frequencies(size: int, rope: Mapping[str, Any]) -> jax.Array:
         MergeError: another type.
 
     Example:
-        >>> frequencies(4, {'rope_theta': 100.0}).round(4).tolist()
-        [1.0, 0.10000000149011612]
+        >>> frequencies(4, {'rope_theta': 16.0}).tolist()
+        [1.0, 0.25]
 
     Source: Su et al. 2021, arXiv:2104.09864; for 'llama3' the configuration of Llama 3.1.
     """

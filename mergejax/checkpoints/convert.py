@@ -94,20 +94,20 @@ def convert(
             for note in notes:
                 say(note)
         tensors = model.tensors
-        layout = lay_out(chosen, {name: (t.dtype, t.shape) for name, t in tensors.items()}, staged)
+        files = lay_out(chosen, {name: (t.dtype, t.shape) for name, t in tensors.items()}, staged)
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
         with Files() as reader, Files(os.O_RDWR | os.O_CREAT) as writer:
             digests = {}
             for name, tensor in tensors.items():
-                place, done, hasher = layout.placed[name], 0, blake3.blake3()
+                place, done, hasher = files.placed[name], 0, blake3.blake3()
                 for piece in pieces_of(tensor.path, tensor.offset, tensor.bytes, reader):
                     writer.write_from(place.path, place.offset + done, piece)
                     hasher.update(piece)
                     done += len(piece)
                 digests[name] = hasher.digest()
-            layout.write(writer)
-            for name, place in layout.placed.items():
+            files.write(writer)
+            for name, place in files.placed.items():
                 hasher = blake3.blake3()
                 for piece in pieces_of(place.path, place.offset, place.bytes, writer):
                     hasher.update(piece)

@@ -6,6 +6,7 @@ from mergejax.lowrank.factors import Adapter, Factors, apply, dense, refactor
 from mergejax.lowrank.knots import knots
 from mergejax.lowrank.lego import lego
 from mergejax.lowrank.methods import METHODS, cat, concatenate, linear, merge, svd
+from mergejax.lowrank.pairs import from_pairs
 from mergejax.lowrank.peft import from_peft, to_peft
 from mergejax.lowrank.rmm import Shared, recover, recovery_errors, rmm
 
@@ -20,6 +21,7 @@ __all__ = [
     "dc_merge",
     "dense",
     "do_merging",
+    "from_pairs",
     "from_peft",
     "knots",
     "lego",

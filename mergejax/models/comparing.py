@@ -65,8 +65,9 @@ def compare(
             theirs = how.given[place.name].rpartition(".")[0]
             modules.setdefault(theirs, []).append((place.part, path))
     calls, wanted = _run(reference, modules, inputs)
-    options = {"capture_intermediates": True, "mutable": ["intermediates"]}
-    run = functools.partial(how.model.module.apply, **options)
+    run = functools.partial(
+        how.model.module.apply, capture_intermediates=True, mutable=["intermediates"]
+    )
     # It runs once, so compiling costs more than running.
     apply = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
     output, captured = apply(variables, **inputs)

@@ -11,4 +11,5 @@ from mergejax.models.planning import plan as plan
 from mergejax.models.rules import Architecture as Architecture
 from mergejax.models.rules import Config as Config
 from mergejax.models.transfer import from_torch as from_torch
+from mergejax.models.transfer import to_nnx as to_nnx
 from mergejax.models.transfer import to_torch as to_torch

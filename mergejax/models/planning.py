@@ -170,15 +170,11 @@ def _matched(
             extra.append(own)
     missing = [name for name in wanted if name not in given]
     problems = [
-        f"{owner} {what} {len(names)} tensors: {grouped(names)}; {advice}"
-        for what, names, advice in (
-            (f"lacks of {model.name}", missing, "complete it, or correct the config"),
-            (
-                f"has, unlike {model.name},",
-                extra,
-                "correct the config, or leave them out by ignore",
-            ),
-            ("has under two names", twice, "leave one out by ignore"),
+        f"{owner} {verb} {len(names)} tensors {which}: {grouped(names)}; {advice}"
+        for verb, names, which, advice in (
+            ("lacks", missing, f"of {model.name}", "complete it, or correct the config"),
+            ("has", extra, f"that {model.name} has not", "correct the config, or ignore them"),
+            ("has", twice, "under two names", "ignore one of each"),
         )
         if names
     ]
@@ -238,9 +234,9 @@ def fitting(
     missing = [name for name in model.leaves if name not in shapes]
     extra = [name for name in shapes if name not in model.leaves]
     problems = [
-        f"{owner} {what} {model.name} {len(names)} leaves: {grouped(names)}; take the config that "
-        "belongs to the weights"
-        for what, names in (("lacks of", missing), ("has, unlike", extra))
+        f"{owner} {verb} {len(names)} leaves {which} {model.name}: {grouped(names)}; take the "
+        "config that belongs to the weights"
+        for verb, names, which in (("lacks", missing, "of"), ("has", extra, "beyond"))
         if names
     ]
     problems += [

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
-from flax import traverse_util
+from flax import nnx, traverse_util
 
 from mergejax.leaves import name_of
 from mergejax.models.planning import Plan, fitting, plan
@@ -43,17 +43,15 @@ def from_torch(
         MergeError: everything that does not fit, see `plan`; tied tensors that differ.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from mergejax.models import build, to_torch
-        >>> config = {'architectures': ['resnet20'], 'num_labels': 3}
-        >>> net = build(config)
-        >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        >>> config = {'model_type': 'gpt2', 'n_embd': 4, 'n_head': 2, 'n_layer': 1, 'n_inner': 5}
+        >>> variables = build(config).init(jax.random.key(0), np.array([[1, 2]]))
         >>> state = to_torch(variables, config)
-        >>> state['layer2.0.conv1.weight'].shape
-        (32, 16, 3, 3)
+        >>> state['h.0.attn.c_attn.weight'].shape  # query, key and value in one
+        (4, 12)
         >>> module, again = from_torch(state, config)
-        >>> again['params']['stage_2']['block_0']['conv_a']['kernel'].shape
-        (3, 3, 16, 32)
+        >>> again['params']['block_0']['attention']['key']['kernel'].shape
+        (4, 4)
     """
     arrays = {name: as_numpy(x) for name, x in state.items()}
     how = plan_of(arrays, config, ignore=ignore, padding=padding)
@@ -112,6 +110,36 @@ def plan_of(state: Mapping[str, Any], config: Mapping[str, Any], **options: Any)
     arrays = {name: as_numpy(x) for name, x in state.items()}
     shapes = {name: tuple(x.shape) for name, x in arrays.items()}
     return plan(shapes, config, same=lambda a, b: same_bits(arrays[a], arrays[b]), **options)
+
+
+def to_nnx(module: nn.Module, variables: Any, **inputs: Any) -> nnx.Module:
+    """The same model as an NNX module, through Flax's bridge.
+
+    Args:
+        module: of linen, such as `from_torch` gives.
+        variables: its variables.
+        inputs: any inputs that it takes, by name; their values do not matter.
+
+    Returns:
+        An NNX module whose `nnx.Param` and `nnx.BatchStat` hold the variables' values, under the
+        same names.
+
+    Example:
+        >>> from mergejax.models import build
+        >>> config = {'model_type': 'gpt2', 'n_embd': 4, 'n_head': 2, 'n_layer': 1, 'n_inner': 5}
+        >>> module, ids = build(config), np.array([[1, 2]])
+        >>> model = to_nnx(module, module.init(jax.random.key(0), ids), input_ids=ids)
+        >>> model.tokens['embedding'].shape
+        (50257, 4)
+    """
+    bridged = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(**inputs)
+    state = nnx.state(bridged)
+    pure: dict[tuple[Any, ...], Any] = {}
+    for tree in variables.values():  # collections are told apart by kinds of variables, not names
+        pure |= traverse_util.flatten_dict(tree)
+    nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(pure))
+    nnx.update(bridged, state)
+    return bridged
 
 
 def by_torch(where: Mapping[str, Place]) -> dict[str, list[tuple[str, Place]]]:

@@ -1,5 +1,6 @@
 """Statistics of every expert on images of its own task, collected once and kept in the workdir."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -18,6 +19,8 @@ Tree = Any
 FOLDER = "statistics"
 MICROBATCH = 32  # examples whose gradients are held at once
 ESTIMATORS = ("exact", "sampled")
+LABELLED = ("fisher", "output_gram", "block_fisher")  # of gradients, by an estimator
+SMALL = 256  # elements of the largest leaf with a whole Fisher matrix
 Advance = Callable[[int, int, str], None]
 
 
@@ -56,7 +59,7 @@ def check(settings: ml_collections.ConfigDict) -> None:
 
 def noted(settings: ml_collections.ConfigDict, needs: Sequence[str]) -> dict[str, Any] | None:
     """What a record keeps about the statistics that a merge needed; None if it needed none."""
-    estimator = {"estimator": settings.estimator} if "fisher" in needs else {}
+    estimator = {"estimator": settings.estimator} if set(needs) & set(LABELLED) else {}
     return {"examples": settings.examples, **estimator} if needs else None
 
 
@@ -87,7 +90,7 @@ def statistics(
     """Collects what is missing in the workdir and restores the rest.
 
     Args:
-        needs: 'fisher' (diagonal) or 'gram' (inputs of every kernel of the body).
+        needs: names of `COLLECTORS`; all are of the body, under the head of its task.
         settings: `examples`, the number of training images of each expert's own task, their number
             in a `batch`, and the `estimator` of the Fisher information, 'exact' or 'sampled'.
         tasks: by name.
@@ -126,25 +129,44 @@ def _batches(task: Task, settings: ml_collections.ConfigDict) -> list[Any]:
     return [images[i : i + settings.batch] for i in range(0, len(images), settings.batch)]
 
 
-def _fisher(source: Source, advance: Advance) -> Tree:
+def _under_head(collector: Any, source: Source, **options: Any) -> Tree:
     # The head is passed with the body, not closed over, and padded to the largest one: so all tasks
     # share a compilation. A class that is never predicted adds nothing to the information.
-    def logits(params: Tree, images: Any) -> Any:
-        return train.logits(source.trained.model, params["body"], params["head"], images)
-
     heads = source.trained.heads
     classes = max(len(head["bias"]) for head in heads.values())
     padded = jax.tree.map(lambda leaf: leaf[0], fit.stack_heads([heads[source.name]], classes))
-    found = collect.fisher(
-        logits,
+    return collector(
+        _logits_of(source.trained.model),
         {"body": source.trained.experts[source.name], "head": padded},
         source.batches,
         estimator=source.estimator,
         key=jax.random.key(0),
-        microbatch=MICROBATCH,
-        progress=advance,
+        **options,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _logits_of(model: Any) -> Callable[[Tree, Any], Any]:
+    return lambda params, images: train.logits(model, params["body"], params["head"], images)
+
+
+def _fisher(source: Source, advance: Advance) -> Tree:
+    found = _under_head(collect.fisher, source, microbatch=MICROBATCH, progress=advance)
     return found["body"]
+
+
+def _output_gram(source: Source, advance: Advance) -> Tree:
+    return _of_body(_under_head(collect.output_gram, source, exclude="^head/", progress=advance))
+
+
+def _block_fisher(source: Source, advance: Advance) -> Tree:
+    return _of_body(
+        _under_head(collect.block_fisher, source, largest=SMALL, exclude="^head/", progress=advance)
+    )
+
+
+def _of_body(found: Mapping[str, Any]) -> Tree:
+    return traverse_util.unflatten_dict(found, sep="/")["body"]
 
 
 def _gram(source: Source, advance: Advance) -> Tree:
@@ -161,4 +183,10 @@ def _norm_square(source: Source, advance: Advance) -> Tree:
     return traverse_util.unflatten_dict(found, sep="/")
 
 
-COLLECTORS = {"fisher": _fisher, "gram": _gram, "norm_square": _norm_square}
+COLLECTORS = {
+    "fisher": _fisher,
+    "gram": _gram,
+    "norm_square": _norm_square,
+    "output_gram": _output_gram,
+    "block_fisher": _block_fisher,
+}

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -132,11 +132,8 @@ def job(
 
     flat = traverse_util.flatten_dict(base)
     norms = {path: leaf for path, leaf in flat.items() if path[-1] == "scale"}
-    grams = {
-        path: jax.ShapeDtypeStruct(2 * (math.prod(leaf.shape[:-1]),), leaf.dtype)
-        for path, leaf in flat.items()
-        if path[-1] == "kernel"
-    }
+    kernels = {path: leaf for path, leaf in flat.items() if path[-1] == "kernel"}
+    small = {path: leaf for path, leaf in flat.items() if leaf.size <= calibration.SMALL}
 
     return Job(
         config=config,
@@ -149,13 +146,22 @@ def job(
         held_out=dict(held_out or {}),
         stats={
             "fisher": base,
-            "gram": traverse_util.unflatten_dict(grams),
+            "gram": _squares(kernels, lambda leaf: math.prod(leaf.shape[:-1])),
+            "output_gram": _squares(kernels, lambda leaf: leaf.shape[-1]),
+            "block_fisher": _squares(small, lambda leaf: leaf.size),
             "norm_square": traverse_util.unflatten_dict(norms),
         },
         validation=predict.bundle([t.validation for t in tasks.values()], list(classes.values())),
         test=predict.bundle([t.test for t in tasks.values()], list(classes.values())),
         exams=_exams(config, tasks, held_out or {}, list(classes.values())),
         reporter=reporter,
+    )
+
+
+def _squares(leaves: Mapping[Any, Any], size: Callable[[Any], int]) -> Tree:
+    """Shapes of one square matrix for each leaf."""
+    return traverse_util.unflatten_dict(
+        {path: jax.ShapeDtypeStruct(2 * (size(leaf),), leaf.dtype) for path, leaf in leaves.items()}
     )
 
 

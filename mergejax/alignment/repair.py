@@ -167,4 +167,4 @@ def _statistic(function: Any) -> Any:
         x = jnp.concatenate([x, jnp.ones((len(x), 1), jnp.float32)], axis=-1)
         return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST), jnp.float32(len(x))
 
-    return lambda params, item: tap_linen(function, params, item[0], measure)
+    return lambda params, item: tap_linen(function, params, item[0], measure)[0]

@@ -96,7 +96,7 @@ def gram(
         function = Function(build, False)
     else:
         make, (function, params) = _linen_statistic, as_function(model, params)
-    raise_all([f"gram: {problem}" for problem in unmatched(exclude, list(_shapes(params)))])
+    raise_all([f"gram: {problem}" for problem in unmatched(exclude, list(shapes_of(params)))])
     items = ((batch, row_weights(mask, batch, "gram")) for batch in batches)
     try:
         sums = total(make, function, (exclude,), params, items, length(batches), (progress, "gram"))
@@ -105,7 +105,7 @@ def gram(
             "gram: a layer runs inside a JAX transform (jax.vmap, jax.checkpoint, jax.lax.scan); "
             "call the model on whole batches, with Flax's own nn.remat, nn.scan, nnx.remat, ..."
         ) from error
-    return _means(sums)
+    return means("gram", "inputs", sums)
 
 
 def _linen_statistic(function, exclude):
@@ -129,19 +129,22 @@ def _measured(tap, function, exclude, params, batch, weights):
                 f"leave it out with exclude=('{name}',)"
             )
             return None
-        return _sums(name, input_rows(layer, inputs), weights)
+        return products("gram", name, input_rows(layer, inputs), weights)
 
-    found = tap(function, params, batch, measure)
-    raise_all(problems or _missing(params, exclude, found))
+    found, _ = tap(function, params, batch, measure)
+    raise_all(problems or missing("gram", params, exclude, found))
     return OrderedDict(found)  # JAX sorts the keys of other dictionaries
 
 
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+def shapes_of(params: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of all leaves, by name."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {name_of(path): jnp.shape(leaf) for path, leaf in leaves}
 
 
-def _sums(name: str, rows: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def products(
+    caller: str, name: str, rows: jax.Array, weights: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """(Σ w xᵀx [in, in], Σ w []) of rows [..., in]."""
     x = rows.astype(jnp.float32)
     if weights is None:
@@ -152,7 +155,7 @@ def _sums(name: str, rows: jax.Array, weights: jax.Array | None) -> tuple[jax.Ar
         common = min(weights.ndim, len(shape))
         if common == 0 or weights.shape[:common] != shape[:common]:
             raise MergeError(
-                f"gram: mask(batch) has shape {weights.shape} and the rows of '{name}' have "
+                f"{caller}: mask(batch) has shape {weights.shape} and the rows of '{name}' have "
                 f"{shape}; give weights whose axes are the first axes of the rows"
             )
         # A pooled row stands for an example that counts if any of its tokens does.
@@ -165,42 +168,48 @@ def _sums(name: str, rows: jax.Array, weights: jax.Array | None) -> tuple[jax.Ar
     return jnp.matmul(weighted.T, x, precision=lax.Precision.HIGHEST), count
 
 
-def _missing(params: Any, exclude: Sequence[str], found: Mapping[str, Any]) -> list[str]:
+def missing(
+    caller: str, params: Any, exclude: Sequence[str], found: Mapping[str, Any]
+) -> list[str]:
+    """What is wrong where kernels were not seen."""
     if not found:
         return [
-            "gram: no Dense, DenseGeneral or Conv layer was seen; pass a linen or NNX model, or a "
-            "function that calls linen modules and was not compiled by jax.jit before"
+            f"{caller}: no Dense, DenseGeneral or Conv layer was seen; pass a linen or NNX "
+            "model, or a function that calls linen modules and was not compiled by jax.jit before"
         ]
     kernels = [
         name
-        for name, shape in _shapes(params).items()
+        for name, shape in shapes_of(params).items()
         if name.split("/")[-1] == "kernel" and len(shape) > 1
     ]
-    missing = [
+    unseen = [
         name
         for name in kernels
         if name not in found and not any(re.search(pattern, name) for pattern in exclude)
     ]
-    if not missing:
+    if not unseen:
         return []
     return [
-        f"gram: no input was seen for {some(missing)}: the layer was not called, is of a kind "
+        f"{caller}: nothing was seen of {some(unseen)}: the layer was not called, is of a kind "
         "without a Gram matrix, or runs in a function that jax.jit compiled before; call it "
-        f"uncompiled, or leave it out with exclude=('{missing[0]}',)"
+        f"uncompiled, or leave it out with exclude=('{unseen[0]}',)"
     ]
 
 
-def _means(sums: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
+def means(
+    caller: str, what: str, sums: Mapping[str, tuple[jax.Array, jax.Array]]
+) -> dict[str, jax.Array]:
+    """The symmetric means of products over rows, checked."""
     broken = [name for name, (products, _) in sums.items() if not jnp.isfinite(products).all()]
     if broken:
         raise MergeError(
-            f"gram: the inputs of {len(broken)} of {len(sums)} layers are not finite, the first "
-            f"is '{broken[0]}'; check the data and the expert's parameters"
+            f"{caller}: the {what} of {len(broken)} of {len(sums)} layers are not finite, the "
+            f"first is '{broken[0]}'; check the data and the expert's parameters"
         )
     empty = [name for name, (_, count) in sums.items() if not (count > 0).all()]
     if empty:
         raise MergeError(
-            f"gram: every row of {some(empty)} has weight 0; give batches with unmasked rows"
+            f"{caller}: every row of {some(empty)} has weight 0; give batches with unmasked rows"
         )
     means = {}
     for name, (products, count) in sums.items():

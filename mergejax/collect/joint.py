@@ -92,7 +92,7 @@ def _measured(tap, function, several, batch):
         rows = input_rows(layer, inputs).astype(jnp.float32)
         return rows.reshape(-1, rows.shape[-1]), jnp.float32(1)
 
-    found = [tap(function, params, batch, measure) for params in several]
+    found = [tap(function, params, batch, measure)[0] for params in several]
     products = OrderedDict()
     for name, (first, calls) in found[0].items():
         one = jnp.ones((len(first), 1), jnp.float32)

@@ -24,6 +24,8 @@ from mergejax.leaves import name_of
 
 # (layer, leaf name of its kernel, inputs) -> arrays to be summed, or None to pass the layer over
 Measure = Callable[[Any, str, jax.Array], Any]
+# (layer, leaf name of its kernel, outputs) -> what the model goes on with
+Probe = Callable[[Any, str, jax.Array], jax.Array]
 Function = Callable[[Any, Any], Any]
 
 KEY = "mergejax_measured"
@@ -47,25 +49,32 @@ class _Run:
     lost: dict[str, None]  # measured, but the model's state did not take it
 
 
-def tap_linen(function: Function, params: Any, batch: Any, measure: Measure) -> dict[str, Any]:
+def unchanged(layer: Any, name: str, output: jax.Array) -> jax.Array:
+    """The probe that does nothing."""
+    return output
+
+
+def tap_linen(
+    function: Function, params: Any, batch: Any, measure: Measure, probe: Probe = unchanged
+) -> tuple[dict[str, Any], Any]:
     """Runs function(params, batch) and measures the inputs of every linen layer.
 
     A layer is named after its kernel's place in `params`: the arrays that reach `Module.apply`
     are recognised by identity, so the function may hand on any part of `params`.
 
     Returns:
-        The sums of what was measured, by leaf name, in the order of the calls.
+        The sums of what was measured, by leaf name, in the order of the calls; the outputs.
     """
     run = _Run({id(leaf): name_of(path) for path, leaf in _leaves(params)}, [], {}, {}, {})
-    intercepted = nn.intercept_methods(_interceptor(run, measure))
+    intercepted = nn.intercept_methods(_interceptor(run, measure, probe))
     with intercepted, _replaced(linen, "apply", _collecting(run, linen.apply)):
-        function(params, batch)
+        output = function(params, batch)
     if run.lost:
         raise MergeError(
             f"gram: {some(list(run.lost))} run inside nn.scan or nn.vmap that passes nothing out; "
             f"add '{COLLECTION}': 0 to its variable_axes, or unroll the layers"
         )
-    return _ordered(run.sums, run.calls)
+    return _ordered(run.sums, run.calls), output
 
 
 def _collecting(run: _Run, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,7 +105,7 @@ def _collecting(run: _Run, original: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-def _interceptor(run: _Run, measure: Measure) -> Callable[..., Any]:
+def _interceptor(run: _Run, measure: Measure, probe: Probe) -> Callable[..., Any]:
     def intercept(call, args, kwargs, context):
         layer: Any = context.module
         if context.method_name != "__call__" or not isinstance(layer, LINEN_LAYERS):
@@ -119,18 +128,22 @@ def _interceptor(run: _Run, measure: Measure) -> Callable[..., Any]:
             COLLECTION, KEY, value, init_fn=lambda: None, reduce_fn=_add
         ):
             run.lost[name] = None
-        return output
+        return probe(layer, name, output)
 
     return intercept
 
 
 def tap_nnx(
-    build: Callable[[Any], Any], params: Any, batch: Any, measure: Measure
-) -> dict[str, Any]:
+    build: Callable[[Any], Any],
+    params: Any,
+    batch: Any,
+    measure: Measure,
+    probe: Probe = unchanged,
+) -> tuple[dict[str, Any], Any]:
     """Runs the NNX model build(params) on the batch and measures the inputs of every layer.
 
     Returns:
-        The sums of what was measured, by leaf name, in the order of the calls.
+        The sums of what was measured, by leaf name, in the order of the calls; the outputs.
     """
     model = build(params)
     calls: dict[str, None] = {}
@@ -148,6 +161,7 @@ def tap_nnx(
                 name = getattr(self, TAP)[0]
                 calls[name] = None
                 _store(self, measure(self, name, _inputs(args, kwargs)))
+                output = probe(self, name, output)
             return output
 
         return call
@@ -155,9 +169,10 @@ def tap_nnx(
     with contextlib.ExitStack() as stack:
         for layer in NNX_LAYERS:
             stack.enter_context(_replaced(layer, "__call__", tapped(layer.__call__)))
-        model(batch)
+        output = model(batch)
     state = nnx.to_flat_state(nnx.pop(model, Measured))
-    return _ordered({_kernel(path[:-1]): value.get_value() for path, value in state}, calls)
+    sums = {_kernel(path[:-1]): value.get_value() for path, value in state}
+    return _ordered(sums, calls), output
 
 
 def _store(module: nnx.Module, value: Any) -> None:

@@ -3,13 +3,12 @@
 import hashlib
 import json
 import os
-import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from mergejax.checkpoints import tagged
 from mergejax.compress.packed import Packed
 from mergejax.door import Tree, leaves_by_name
 from mergejax.errors import MergeError
@@ -37,7 +36,7 @@ def _digest(arrays: dict[str, Any], *texts: str) -> str:
     return digest.hexdigest()
 
 
-def _content(arrays: dict[str, Any], header: dict[str, str]) -> str:
+def _content(arrays: dict[str, Any], header: Mapping[str, str]) -> str:
     told = (header.get(field, "") for field in ("method", "experts", "leaves", "stacks", "base"))
     return _digest(arrays, *told)
 
@@ -62,7 +61,6 @@ def save(path: str | os.PathLike[str], packed: Packed, base: Tree) -> None:
         ...     mj.compress.size(load(pathlib.Path(folder) / 'a.safetensors', base)).payload
         5
     """
-    path = pathlib.Path(path)
     arrays = {
         f"{leaf}#{part}": np.ascontiguousarray(x)
         for leaf, parts in packed.arrays.items()
@@ -78,12 +76,7 @@ def save(path: str | os.PathLike[str], packed: Packed, base: Tree) -> None:
         "base": fingerprint(base),
     }
     header["content"] = _content(arrays, header)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        safetensors.numpy.save_file(arrays, staged, metadata=header)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    tagged.write(path, arrays, header)
 
 
 def load(path: str | os.PathLike[str], base: Tree) -> Packed:
@@ -100,21 +93,8 @@ def load(path: str | os.PathLike[str], base: Tree) -> Packed:
         MergeError: a file that is missing, damaged, of another kind or version, or that belongs to
             another base.
     """
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise MergeError(
-            f"{path}: cannot be read ({error}); it is missing or damaged, take a copy"
-        ) from None
-    if header.get("format") != FORMAT:
-        raise MergeError(f"{path}: holds no packed deltas; they are written by mj.compress.save")
-    if header.get("version") != VERSION:
-        raise MergeError(
-            f"{path}: is of version {header.get('version')}, this release reads {VERSION}; take "
-            "the release of mergejax that wrote it"
-        )
+    otherwise = "holds no packed deltas; they are written by mj.compress.save"
+    arrays, header = tagged.read(path, FORMAT, VERSION, otherwise)
     if header.get("content") != _content(arrays, header):
         raise MergeError(f"{path}: is damaged, its content is not what was written; take a copy")
     if header.get("base") != fingerprint(base):

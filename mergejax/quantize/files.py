@@ -2,14 +2,13 @@
 
 import json
 import os
-import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from mergejax.checkpoints import tagged
 from mergejax.checkpoints.safetensors import QUANTIZED as FORMAT
 from mergejax.errors import MergeError
 from mergejax.quantize.solve import Codes
@@ -34,7 +33,7 @@ def save(path: str | os.PathLike[str], model: Quantized) -> None:
         MergeError: codes of other widths.
 
     Example:
-        >>> import tempfile, mergejax as mj
+        >>> import pathlib, tempfile, mergejax as mj
         >>> model = mj.quantize.round_to_nearest({'kernel': np.eye(2, dtype=np.float32)})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(pathlib.Path(folder) / 'a.safetensors', model)
@@ -43,7 +42,6 @@ def save(path: str | os.PathLike[str], model: Quantized) -> None:
     """
     if model.bits not in PACKED:
         raise MergeError(f"codes of {model.bits} bits have no form in files; choose bits=4 or 8")
-    path = pathlib.Path(path)
     arrays = {name: np.ascontiguousarray(x) for name, x in model.whole.items()}
     for name, kernel in model.kernels.items():
         arrays[f"{name}#codes"] = packed(np.asarray(kernel.codes), model.bits)
@@ -55,12 +53,7 @@ def save(path: str | os.PathLike[str], model: Quantized) -> None:
         "bits": str(model.bits),
         "kernels": json.dumps(model.shapes),
     }
-    staged = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        safetensors.numpy.save_file(arrays, staged, metadata=header)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    tagged.write(path, arrays, header)
 
 
 def load(path: str | os.PathLike[str]) -> Quantized:
@@ -75,21 +68,8 @@ def load(path: str | os.PathLike[str]) -> Quantized:
     Raises:
         MergeError: a file that is missing, damaged, or of another kind or version.
     """
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise MergeError(
-            f"{path}: cannot be read ({error}); it is missing or damaged, take a copy"
-        ) from None
-    if header.get("format") != FORMAT:
-        raise MergeError(f"{path}: is no quantised model; they are written by mj.quantize.save")
-    if header.get("version") != VERSION:
-        raise MergeError(
-            f"{path}: is of version {header.get('version')}, this release reads {VERSION}; take "
-            "the release of mergejax that wrote it"
-        )
+    otherwise = "is no quantised model; they are written by mj.quantize.save"
+    arrays, header = tagged.read(path, FORMAT, VERSION, otherwise)
     try:
         return _model(header, arrays)
     except (KeyError, ValueError, TypeError) as error:
@@ -98,7 +78,7 @@ def load(path: str | os.PathLike[str]) -> Quantized:
         ) from None
 
 
-def _model(header: dict[str, str], arrays: dict[str, Any]) -> Quantized:
+def _model(header: Mapping[str, str], arrays: dict[str, Any]) -> Quantized:
     bits, kernels, shapes = int(header["bits"]), {}, {}
     for name, (shape, dtype, layout) in json.loads(header["kernels"]).items():
         codes, scale, zero = (arrays.pop(f"{name}#{part}") for part in ("codes", "scale", "zero"))

@@ -1,4 +1,4 @@
-"""Statistics of every expert on images of its own task, collected once and kept in the workdir."""
+"""Statistics of every expert on examples of its task, collected once and kept in the workdir."""
 
 import functools
 import pathlib
@@ -13,6 +13,7 @@ from flax import traverse_util
 from mergejax import collect, errors, fit, train
 from mergejax.checkpoints import orbax
 from mergejax.data.task import Task
+from mergejax.models import bodies
 from mergejax.progress import Reporter
 
 Tree = Any
@@ -30,7 +31,7 @@ class Source(NamedTuple):
     Attributes:
         trained: all models.
         name: the expert's, and its task's.
-        batches: float32 [batch, height, width, channels] each.
+        batches: inputs [batch, ...] each.
         estimator: of the Fisher information.
     """
 
@@ -91,8 +92,9 @@ def statistics(
 
     Args:
         needs: names of `COLLECTORS`; all are of the body, under the head of its task.
-        settings: `examples`, the number of training images of each expert's own task, their number
-            in a `batch`, and the `estimator` of the Fisher information, 'exact' or 'sampled'.
+        settings: `examples`, the number of training examples of each expert's own task, their
+            number in a `batch`, and the `estimator` of the Fisher information, 'exact' or
+            'sampled'.
         tasks: by name.
         trained: the experts and their heads.
         workdir: where statistics are kept, by name, number of examples and task.
@@ -119,14 +121,14 @@ def statistics(
                     tree = COLLECTORS[need](source, lambda done, total, what: advance(1))
                     orbax.save(folder / name, tree)
         else:
-            reporter.log(f"{need}: reused, collected before on {settings.examples} images a task")
+            reporter.log(f"{need}: reused, collected before on {settings.examples} examples a task")
         found[need] = [orbax.restore(folder / name) for name in tasks]
     return found
 
 
 def _batches(task: Task, settings: ml_collections.ConfigDict) -> list[Any]:
-    images = task.train.images[: settings.examples]
-    return [images[i : i + settings.batch] for i in range(0, len(images), settings.batch)]
+    inputs = task.train.inputs[: settings.examples]
+    return [inputs[i : i + settings.batch] for i in range(0, len(inputs), settings.batch)]
 
 
 def _under_head(collector: Any, source: Source, **options: Any) -> Tree:
@@ -147,7 +149,7 @@ def _under_head(collector: Any, source: Source, **options: Any) -> Tree:
 
 @functools.lru_cache(maxsize=1)
 def _logits_of(model: Any) -> Callable[[Tree, Any], Any]:
-    return lambda params, images: train.logits(model, params["body"], params["head"], images)
+    return lambda params, inputs: train.logits(model, params["body"], params["head"], inputs)
 
 
 def _fisher(source: Source, advance: Advance) -> Tree:
@@ -171,14 +173,24 @@ def _of_body(found: Mapping[str, Any]) -> Tree:
 
 def _gram(source: Source, advance: Advance) -> Tree:
     trained, name = source.trained, source.name
-    grams = collect.gram(trained.model, trained.experts[name], source.batches, progress=advance)
+    grams = collect.gram(
+        trained.model,
+        trained.experts[name],
+        source.batches,
+        mask=bodies.mask(trained.model),
+        progress=advance,
+    )
     return traverse_util.unflatten_dict(grams, sep="/")
 
 
 def _norm_square(source: Source, advance: Advance) -> Tree:
     trained, name = source.trained, source.name
     found = collect.norm_square(
-        trained.model, trained.experts[name], source.batches, progress=advance
+        trained.model,
+        trained.experts[name],
+        source.batches,
+        mask=bodies.mask(trained.model),
+        progress=advance,
     )
     return traverse_util.unflatten_dict(found, sep="/")
 

@@ -8,7 +8,7 @@ import dataclasses
 import io
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +24,7 @@ from mergejax.models import bodies
 from mergejax.preflight import Job
 
 Tree = Any
-SAMPLES = 8  # test images of each task that are kept to try predictions with
+SAMPLES = 8  # test examples of each task that are kept to try predictions with
 CONFIG, RESULTS, REPORT, LOG = "config.json", "results.json", "results.md", "log.txt"
 
 
@@ -134,7 +134,7 @@ def _finish(
 
 
 def _keep_best(job: Job, trained: train.Trained, results: Mapping[str, Any]) -> None:
-    """Saves the best merge, unless it is there, and some images to predict on."""
+    """Saves the best merge, unless it is there, and some examples to predict on."""
     if results["verdict"] is None:
         return
     row = next(r for r in results["models"] if r["name"] == results["verdict"]["best"])
@@ -144,7 +144,7 @@ def _keep_best(job: Job, trained: train.Trained, results: Mapping[str, Any]) -> 
         workdir.save_best(job.folder, row["chain"], trial.merged(job, trained, row["chain"], stats))
         job.reporter.log(f"best merge: saved as {workdir.BEST}")
     content = io.BytesIO()
-    samples: dict[str, Any] = {n: task.test.images[:SAMPLES] for n, task in job.tasks.items()}
+    samples: dict[str, Any] = {n: task.test.inputs[:SAMPLES] for n, task in job.tasks.items()}
     np.savez(content, **samples)
     workdir.write_bytes(job.folder / "samples.npz", content.getvalue())
 
@@ -204,7 +204,8 @@ class Best:
         params: the body's parameters.
         heads: by task, kernel and bias.
         labels: by task, the names of the classes.
-        samples: by task, some test images, float32 [n, height, width, channels].
+        samples: by task, some test inputs, [n, ...] as in `data.Split`.
+        read: makes such inputs of what `predict` is given.
     """
 
     chain: str
@@ -213,29 +214,32 @@ class Best:
     heads: dict[str, Tree]
     labels: dict[str, list[str]]
     samples: dict[str, np.ndarray]
+    read: Callable[[Any], np.ndarray]
 
-    def predict(self, images: np.ndarray, task: str) -> list[str]:
-        """Names the class of each image.
+    def predict(self, inputs: Any, task: str) -> list[str]:
+        """Names the class of each image or text.
 
         Args:
-            images: float32 [n, height, width, channels] in [0, 1].
+            inputs: images, float32 [n, height, width, channels] in [0, 1]; or a list of texts, a
+                pair of texts each where the task has pairs.
             task: whose classes.
 
         Returns:
-            One name per image.
+            One name per image or text.
 
         Raises:
-            MergeError: an unknown task, images of another shape.
+            MergeError: an unknown task, inputs of another shape.
         """
         if task not in self.heads:
             hint = errors.did_you_mean(task, self.heads)
             raise errors.MergeError(f"there is no task '{task}', {hint}")
-        wanted, shape = self.samples[task].shape[1:], np.shape(images)
-        if shape[1:] != wanted or len(shape) != 4:
+        given = self.read(inputs)
+        wanted, shape = self.samples[task].shape[1:], given.shape
+        if shape[1:] != wanted or not shape:
             raise errors.MergeError(
-                f"images have shape {shape}, expected (n, {', '.join(map(str, wanted))})"
+                f"inputs have shape {shape}, expected (n, {', '.join(map(str, wanted))})"
             )
-        found = train.logits(self.model, self.params, self.heads[task], jnp.asarray(images))
+        found = train.logits(self.model, self.params, self.heads[task], jnp.asarray(given))
         return [self.labels[task][i] for i in np.asarray(found).argmax(axis=1)]
 
 
@@ -260,13 +264,14 @@ def load(folder: str | pathlib.Path) -> Best:
     chain, results = workdir.saved_best(folder), fingerprint.read_json(folder / RESULTS)
     if not chain or not results:
         raise errors.MergeError(f"{folder} holds no finished run; run mergejax.main first")
-    model = fingerprint.read_json(folder / CONFIG)["config"]["model"]
+    config = fingerprint.read_json(folder / CONFIG)["config"]
     with np.load(folder / "samples.npz") as samples:
         return Best(
             chain=chain,
-            model=bodies.build(model),
+            model=bodies.build(config["model"]),
             params=orbax.restore(folder / workdir.BEST),
             heads=orbax.restore(folder / fingerprint.FOLDER / "heads"),
             labels={name: list(task["labels"]) for name, task in results["tasks"].items()},
             samples=dict(samples),
+            read=data.reader(config),
         )

@@ -32,7 +32,7 @@ class Settings:
     Attributes:
         steps: number of updates.
         learning_rate: at its peak.
-        batch: images per step, drawn with replacement, each problem equally often.
+        batch: examples per step, drawn with replacement, each problem equally often.
         warmup: share of the steps over which the learning rate rises; then it falls as a cosine.
         weight_decay: decoupled, as a multiple of the learning rate (AdamW).
         shift: each image is moved by up to so many pixels either way, at random, edges repeated.
@@ -49,9 +49,9 @@ class Settings:
 
 
 class Batch(NamedTuple):
-    """Images float32 [batch, h, w, c], index of the problem and label, both int32 [batch]."""
+    """Inputs [batch, ...] as in `Split`, index of the problem and label, both int32 [batch]."""
 
-    images: np.ndarray
+    inputs: np.ndarray
     problems: np.ndarray
     labels: np.ndarray
 
@@ -126,7 +126,7 @@ def _chunk(
     def loss(trained: Tree, batch: Batch) -> jax.Array:
         params = {**frozen, **trained}
         body = adapted(params["body"], params["adapters"])
-        features = model.apply({"params": body}, batch.images)
+        features = model.apply({"params": body}, batch.inputs)
         every = jnp.einsum("nw,pwc->npc", features, params["heads"]["kernel"])
         every = every + params["heads"]["bias"][None]
         logits = jnp.take_along_axis(every, batch.problems[:, None, None], axis=1)[:, 0]
@@ -217,12 +217,12 @@ def draw(
     generator: np.random.Generator,
     shift: int = 0,
 ) -> Batch:
-    """Draws the batches of a chunk on the host: a problem for each image, then an image of it.
+    """Draws the batches of a chunk on the host: a problem for each example, then an example of it.
 
     Args:
-        splits: the problems' training images, all of one shape.
+        splits: the problems' training examples, all of one shape.
         steps: number of batches.
-        batch: images in each.
+        batch: examples in each.
         generator: source of randomness.
         shift: as in `Settings`.
 
@@ -231,15 +231,15 @@ def draw(
     """
     problems = generator.integers(len(splits), size=[steps, batch], dtype=np.int32)
     places = generator.random([steps, batch])
-    images = np.empty([steps, batch, *splits[0].images.shape[1:]], np.float32)
+    inputs = np.empty([steps, batch, *splits[0].inputs.shape[1:]], splits[0].inputs.dtype)
     labels = np.empty([steps, batch], np.int32)
     for index, split in enumerate(splits):
         mine = problems == index
         rows = (places[mine] * len(split)).astype(np.int64)
-        chosen = split.images[rows]
-        images[mine] = moved(chosen, shift, generator) if shift else chosen
+        chosen = split.inputs[rows]
+        inputs[mine] = moved(chosen, shift, generator) if shift else chosen
         labels[mine] = split.labels[rows]
-    return Batch(images, problems, labels)
+    return Batch(inputs, problems, labels)
 
 
 def fit(
@@ -257,12 +257,12 @@ def fit(
     """Trains a body, and its heads if asked, by the mean cross entropy over all problems.
 
     Args:
-        model: the body's module, images [n, h, w, c] to features [n, width].
+        model: the body's module, inputs [n, ...] to features [n, width].
         body: its parameters at the start.
         heads: one head per problem, by name.
-        splits: the images and labels of each problem, by the same names.
+        splits: the inputs and labels of each problem, by the same names.
         settings: steps, batch size, learning rate.
-        seed: of the order of the images.
+        seed: of the order of the examples.
         classes: number of classes that heads are padded to; equal numbers share a compilation.
         parts: what is trained, of 'body', 'heads' and 'adapters' (low-rank factors, which are
             added to the body in the end); the rest stays as it is.

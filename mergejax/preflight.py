@@ -46,9 +46,9 @@ class Job:
         base: shapes and dtypes of a body's parameters.
         head: of all tasks' heads side by side, those of held-out tasks last.
         stats: of each statistic of one expert, by its name.
-        validation: the validation images of all tasks; values are chosen on them.
-        test: the test images of all tasks; nothing is chosen on them.
-        exams: by name, more images that every model is measured on: of held-out tasks, corrupted.
+        validation: the validation examples of all tasks; values are chosen on them.
+        test: the test examples of all tasks; nothing is chosen on them.
+        exams: by name, more examples that every model is measured on: of held-out tasks, corrupted.
         reporter: told what is going on.
     """
 
@@ -73,8 +73,8 @@ class Job:
 
     @property
     def examined(self) -> dict[str, int]:
-        """Number of images of each exam."""
-        return {name: len(images.labels) for name, images in self.exams.items()}
+        """Number of examples of each exam."""
+        return {name: len(one.labels) for name, one in self.exams.items()}
 
 
 def plan(config: ml_collections.ConfigDict) -> tuple[Plan, list[str]]:
@@ -118,12 +118,12 @@ def job(
     Raises:
         MergeError: a model that cannot be built.
     """
-    image = next(iter(tasks.values())).train.images.shape[1:]
+    example = next(iter(tasks.values())).train.inputs[:1]
     every = {**tasks, **(held_out or {})}
     classes = {name: len(task.labels) for name, task in every.items()}
     try:
         model = bodies.build(config.model)
-        base, heads = jax.eval_shape(lambda: train.initial(model, image, classes, config.seed))
+        base, heads = jax.eval_shape(lambda: train.initial(model, example, classes, config.seed))
     except errors.MergeError:
         raise
     except (TypeError, ValueError) as error:
@@ -171,23 +171,24 @@ def _exams(
     held_out: Mapping[str, Task],
     classes: Sequence[int],
 ) -> dict[str, predict.Bundle]:
-    """The images of held-out tasks, and of the tasks themselves, corrupted as the config says."""
+    """The examples of held-out tasks, and of the tasks themselves, corrupted as the config says."""
     found = {}
     if held_out:
         splits = [task.test for task in held_out.values()]
         found["held_out"] = predict.bundle(splits, classes, skipped=len(tasks))
-    asked = config.get("robustness", {"corruptions": (), "images": None})
+    asked = config.get("robustness", {"corruptions": (), "examples": None})
+    known = corrupt.kinds(next(iter(tasks.values())).test)
     errors.raise_all(
         [
-            f"config.robustness.corruptions: there is no corruption '{kind}', "
-            f"{errors.did_you_mean(kind, corrupt.CORRUPTIONS)}"
+            f"config.robustness.corruptions: there is no corruption '{kind}' of these data, "
+            f"{errors.did_you_mean(kind, known)}"
             for kind in asked["corruptions"]
-            if kind not in corrupt.CORRUPTIONS
+            if kind not in known
         ]
     )
     for kind in asked["corruptions"]:
         splits = [
-            corrupt.corrupted(task.test, kind, config.seed, asked["images"])
+            corrupt.corrupted(task.test, kind, config.seed, asked["examples"])
             for task in tasks.values()
         ]
         found[kind] = predict.bundle(splits, classes)

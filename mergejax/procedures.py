@@ -35,7 +35,7 @@ def _representations(
 ) -> tuple[Tree, dict[str, tuple[jax.Array, jax.Array]]]:
     """The host, and by task its and the expert's representations of calibration images."""
     body = _host(job, trained)
-    images = {n: task.train.images[: settings.examples] for n, task in job.tasks.items()}
+    images = {n: task.train.inputs[: settings.examples] for n, task in job.tasks.items()}
     both = {
         n: (_features(job, body, x), _features(job, trained.experts[n], x))
         for n, x in images.items()
@@ -47,7 +47,7 @@ def _per_task(job: preflight.Job, body: Tree, heads: Mapping[str, Tree], edit: A
     """Classifies each task's images by its own head, behind its own correction."""
 
     def right(images: predict.Bundle) -> np.ndarray:
-        z = _features(job, body, images.images)
+        z = _features(job, body, images.inputs)
         first, found = 0, np.zeros(len(images.labels), bool)
         for index, name in enumerate(job.tasks):
             mine = images.tasks == index
@@ -93,7 +93,7 @@ def localized(
             scores = train.logits(job.model, body, head, batch[0])
             return optax.softmax_cross_entropy_with_integer_labels(scores, batch[1]).mean()
 
-        batch = (task.train.images[: settings.examples], task.train.labels[: settings.examples])
+        batch = (task.train.inputs[: settings.examples], task.train.labels[: settings.examples])
         mask, _ = collect.localize(
             loss,
             trained.base,

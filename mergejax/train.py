@@ -1,10 +1,10 @@
 """From a config and its tasks to trained models: the base, one expert per task, a multi-task model.
 
-The base is pre-trained on broader problems, together with their heads; heads for tasks that are not
-among them are then trained on the base as it is. All heads are frozen then, and each expert is the
-base's body trained further on one task under the head of its kind, as in the experiments with CLIP,
-whose heads are text embeddings (Ilharco et al. 2023, arXiv:2212.04089). So every body works with
-every head, and only bodies are merged. The multi-task model, an upper mark, starts from the base
+The base is pre-trained on broader problems, together with their heads, or comes with the model;
+heads for tasks that are not among them are then trained on the base as it is. All heads are frozen
+then, and each expert is the base's body trained further on one task under the head of its kind, as
+in the experiments with CLIP, whose heads are text embeddings (Ilharco et al. 2023,
+arXiv:2212.04089). So every body works with every head, and only bodies are merged. The multi-task model, an upper mark, starts from the base
 too and trains its own copies of the heads.
 """
 
@@ -56,37 +56,37 @@ class Trained:
     log: Log
 
 
-def logits(model: nn.Module, body: Tree, head: Tree, images: jax.Array) -> jax.Array:
-    """Scores every class of one task: features(images) @ kernel + bias.
+def logits(model: nn.Module, body: Tree, head: Tree, inputs: jax.Array) -> jax.Array:
+    """Scores every class of one task: features(inputs) @ kernel + bias.
 
     Args:
         model: the body's module.
         body: its parameters.
         head: kernel [width, classes] and bias [classes].
-        images: float32 [n, height, width, channels] in [0, 1].
+        inputs: [n, ...] as in `data.Split`.
 
     Returns:
         float32 [n, classes].
 
     Example:
         >>> model = bodies.build(dict(patch=4, width=16, depth=1, heads=2))
-        >>> body, heads = initial(model, (8, 8, 1), {"digit": 10}, seed=0)
+        >>> body, heads = initial(model, jnp.zeros([1, 8, 8, 1]), {"digit": 10}, seed=0)
         >>> logits(model, body, heads["digit"], jnp.zeros([3, 8, 8, 1])).shape
         (3, 10)
     """
-    features = model.apply({"params": body}, images)
+    features = model.apply({"params": body}, inputs)
     scores = nn.Dense(head["bias"].shape[0]).apply({"params": head}, features)
     return cast(jax.Array, scores)
 
 
 def initial(
-    model: nn.Module, shape: Sequence[int], classes: Mapping[str, int], seed: int
+    model: nn.Module, example: Any, classes: Mapping[str, int], seed: int
 ) -> tuple[Tree, dict[str, Tree]]:
     """Draws a body and heads to start pre-training from.
 
     Args:
         model: the body's module.
-        shape: height, width and channels of an image.
+        example: one input, [1, ...] as in `data.Split`.
         classes: number of classes of each head, by name.
         seed: of the draw.
 
@@ -94,7 +94,7 @@ def initial(
         The body's parameters, and by name the heads: kernel [width, classes], bias [classes].
     """
     key = jax.random.key(seed)
-    features, variables = jax.jit(model.init_with_output)(key, jnp.zeros([1, *shape]))
+    features, variables = jax.jit(model.init_with_output)(key, jnp.asarray(example))
 
     def head(index: int, outputs: int) -> Tree:
         dense = nn.Dense(outputs, kernel_init=nn.initializers.normal(0.02))
@@ -131,8 +131,9 @@ def train_all(
     the same result.
 
     Args:
-        config: `data`, `model`, `training` (`pretrain`, `finetune`, `multi_task`) and `seed`.
-        tasks: by name; all images of one shape.
+        config: `data`, `model`, `training` (`pretrain`, `heads`, `finetune`, `multi_task`) and
+            `seed`.
+        tasks: by name; all inputs of one shape.
         workdir: where checkpoints are kept.
         reporter: told what is trained, what is reused, and how far it is.
         held_out: tasks that get a head and no expert.
@@ -222,12 +223,16 @@ def _pretrain(run: _Run) -> list[Tree]:
     it is.
     """
     splits = data.pretraining(run.config, run.every, run.folder.parent, run.reporter)
-    shape = next(iter(splits.values())).images.shape[1:]
+    example = next(iter(run.tasks.values())).train.inputs[:1]
     classes = {name: int(split.labels.max()) + 1 for name, split in splits.items()}
     classes |= {task.head: len(task.labels) for task in run.every.values()}
-    body, heads = initial(run.model, shape, classes, run.config.seed)
+    body, heads = initial(run.model, example, classes, run.config.seed)
+    given = bodies.pretrained(run.config.model)
     taught = {name: heads[name] for name in splits}
-    body, taught = _fit(run, "pretrain", "base", body, taught, splits)
+    if given is None:
+        body, taught = _fit(run, "pretrain", "base", body, taught, splits)
+    else:
+        body = jax.tree.map(jnp.asarray, given)
     heads |= taught
     untaught: dict[str, Split] = {}
     for task in run.every.values():

@@ -19,36 +19,36 @@ def tasks():
 
 
 def _rows(split):
-    return {image.tobytes() for image in split.images}
+    return {image.tobytes() for image in split.inputs}
 
 
 def test_tasks_have_images_in_range_and_labels_with_names(tasks):
     assert len(tasks) >= 5
     for task, part in itertools.product(tasks.values(), ("train", "validation", "test")):
         split = getattr(task, part)
-        assert split.images.dtype == np.float32
+        assert split.inputs.dtype == np.float32
         assert split.labels.dtype == np.int32
-        assert split.images.shape == (len(split), 8, 8, 1)
-        assert split.images.min() >= 0
-        assert split.images.max() <= 1
+        assert split.inputs.shape == (len(split), 8, 8, 1)
+        assert split.inputs.min() >= 0
+        assert split.inputs.max() <= 1
         assert set(split.labels) == set(range(len(task.labels)))
 
 
 def test_every_task_shows_the_same_scans_in_its_own_domain(tasks):
-    mirrored = tasks["mirror"].train.images[:, :, ::-1]
-    np.testing.assert_array_equal(tasks["negative"].train.images, 1 - mirrored)
+    mirrored = tasks["mirror"].train.inputs[:, :, ::-1]
+    np.testing.assert_array_equal(tasks["negative"].train.inputs, 1 - mirrored)
     turned = np.rot90(mirrored, 2, axes=(1, 2))
-    np.testing.assert_array_equal(tasks["half_turn_size"].train.images, turned)
+    np.testing.assert_array_equal(tasks["half_turn_size"].train.inputs, turned)
     digit = tasks["mirror"].train.labels
     np.testing.assert_array_equal(tasks["checkered_parity"].train.labels, digit % 2)
     np.testing.assert_array_equal(tasks["half_turn_size"].train.labels, digit >= 5)
-    pictures = [task.train.images.tobytes() for task in tasks.values()]
+    pictures = [task.train.inputs.tobytes() for task in tasks.values()]
     assert len(set(pictures)) == len(tasks)
 
 
 def test_quadrants_swap_diagonally(tasks):
-    upright = tasks["mirror"].test.images[:, :, ::-1]
-    swapped = tasks["quadrants"].test.images
+    upright = tasks["mirror"].test.inputs[:, :, ::-1]
+    swapped = tasks["quadrants"].test.inputs
     np.testing.assert_array_equal(swapped[:, :4, :4], upright[:, 4:, 4:])
     np.testing.assert_array_equal(swapped[:, :4, 4:], upright[:, 4:, :4])
 
@@ -114,31 +114,31 @@ def test_unknown_suite_is_refused(tmp_path):
 def test_corruptions_do_what_they_say():
     images = np.random.default_rng(0).random([6, 5, 8, 3], np.float32)
     split = Split(images, np.arange(6, dtype=np.int32))
-    found = {kind: corrupt.corrupted(split, kind, 3, limit=4) for kind in corrupt.CORRUPTIONS}
+    found = {kind: corrupt.corrupted(split, kind, 3, limit=4) for kind in corrupt.IMAGES}
     for one in found.values():
-        assert one.images.dtype == np.float32
-        assert one.images.shape == (4, 5, 8, 3)
-        assert one.images.min() >= 0
-        assert one.images.max() <= 1
+        assert one.inputs.dtype == np.float32
+        assert one.inputs.shape == (4, 5, 8, 3)
+        assert one.inputs.min() >= 0
+        assert one.inputs.max() <= 1
         assert one.labels.tolist() == [0, 1, 2, 3]
     middle = images[:4].mean(axis=(1, 2, 3), keepdims=True)
     wanted = middle + np.float32(0.4) * (images[:4] - middle)
-    np.testing.assert_allclose(found["contrast"].images, wanted, rtol=1e-6)
+    np.testing.assert_allclose(found["contrast"].inputs, wanted, rtol=1e-6)
     np.testing.assert_allclose(
-        found["pixelate"].images[:, 2, 3], images[:4, 2:4, 2:4].mean(axis=(1, 2)), rtol=1e-6
+        found["pixelate"].inputs[:, 2, 3], images[:4, 2:4, 2:4].mean(axis=(1, 2)), rtol=1e-6
     )
-    np.testing.assert_array_equal(found["pixelate"].images[:, 4], images[:4, 4])
-    noise = found["noise"].images - images[:4]
-    inside = (found["noise"].images > 0) & (found["noise"].images < 1)
+    np.testing.assert_array_equal(found["pixelate"].inputs[:, 4], images[:4, 4])
+    noise = found["noise"].inputs - images[:4]
+    inside = (found["noise"].inputs > 0) & (found["noise"].inputs < 1)
     assert 0.06 < noise[inside].std() < 0.09
     assert (
-        np.abs(np.diff(found["blur"].images, axis=2)).mean()
+        np.abs(np.diff(found["blur"].inputs, axis=2)).mean()
         < 0.3 * np.abs(np.diff(images, axis=2)).mean()
     )
     again = corrupt.corrupted(split, "noise", 3, limit=4)
-    np.testing.assert_array_equal(again.images, found["noise"].images)
+    np.testing.assert_array_equal(again.inputs, found["noise"].inputs)
 
 
 def test_pixelate_keeps_small_constant_images():
     split = Split(np.full([1, 3, 3, 1], 0.5, np.float32), np.zeros([1], np.int32))
-    np.testing.assert_array_equal(corrupt.corrupted(split, "pixelate", 0).images, 0.5)
+    np.testing.assert_array_equal(corrupt.corrupted(split, "pixelate", 0).inputs, 0.5)

@@ -75,7 +75,7 @@ def small():
     model = vit.VisionTransformer(patch=4, width=16, depth=1, heads=2)
     generator = np.random.default_rng(0)
     classes = {"one": 3, "two": 2}
-    body, heads = train.initial(model, (8, 8, 1), classes, seed=0)
+    body, heads = train.initial(model, np.zeros([1, 8, 8, 1], np.float32), classes, seed=0)
     heads = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), heads)
     splits = {
         name: Split(
@@ -95,7 +95,7 @@ def test_predictions_are_those_of_each_task_alone(small, chunk, monkeypatch):
     head = predict.join_heads(heads, list(splits))
     right = np.asarray(predict.is_right(model, body, head, images))
     for name, found in predict.by_task(right, images, list(splits)).items():
-        logits = train.logits(model, body, heads[name], splits[name].images)
+        logits = train.logits(model, body, heads[name], splits[name].inputs)
         wanted = np.asarray(logits).argmax(axis=1) == splits[name].labels
         np.testing.assert_array_equal(found, wanted)
 
@@ -108,7 +108,7 @@ def test_an_ensemble_averages_probabilities(small):
     right = np.asarray(predict.ensemble_right(model, bodies, head, images))
     for name, found in predict.by_task(right, images, list(splits)).items():
         shares = [
-            jax.nn.softmax(train.logits(model, b, heads[name], splits[name].images)) for b in bodies
+            jax.nn.softmax(train.logits(model, b, heads[name], splits[name].inputs)) for b in bodies
         ]
         wanted = np.asarray(shares[0] + shares[1]).argmax(axis=1) == splits[name].labels
         np.testing.assert_array_equal(found, wanted)
@@ -168,7 +168,7 @@ def test_the_verdict_is_chosen_on_validation_and_weighs_its_leads_on_test(record
     assert verdict["average"]["lead"]["value"] == pytest.approx(0.15)
     assert verdict["average"]["exceeds_noise"]
     assert verdict["sentence"].startswith(
-        "Take dare(rate=0.5): it has the best mean accuracy on the validation images (90.0 %); "
+        "Take dare(rate=0.5): it has the best mean accuracy on the validation examples (90.0 %); "
         "on test it reaches 60.0 ["
     )
     assert (
@@ -227,7 +227,7 @@ def test_the_plain_table_is_aligned_and_whole(records):
     assert row.endswith("1  dare(rate=0.5)")
     average = next(line for line in lines if line.startswith("average"))
     assert average.index("average()") == row.index("dare(rate")
-    assert "chosen on validation images (50 a task), never on test" in lines[-1]
+    assert "chosen on validation examples (50 a task), never on test" in lines[-1]
 
 
 class Terminal(io.StringIO):

@@ -19,7 +19,7 @@ MODEL = {"patch": 4, "width": 24, "depth": 2, "heads": 2, "expansion": 2}
 )
 def test_what_is_named_moves_and_the_rest_stays(names, parts):
     model = vit.VisionTransformer(**MODEL)
-    body, heads = train.initial(model, (8, 8, 1), {"a": 3, "b": 2}, seed=0)
+    body, heads = train.initial(model, np.zeros([1, 8, 8, 1], np.float32), {"a": 3, "b": 2}, seed=0)
     images = np.random.default_rng(0).random([40, 8, 8, 1], np.float32)
     splits = {
         name: Split(images, np.arange(40, dtype=np.int32) % heads[name]["bias"].size)
@@ -54,7 +54,7 @@ def test_batches_follow_the_seed_and_keep_labels_with_their_images():
     ]
     first, second = (fit.draw(splits, 4, 100, np.random.default_rng(1)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    np.testing.assert_array_equal(first.images[:, :, 0, 0, 0], first.labels)
+    np.testing.assert_array_equal(first.inputs[:, :, 0, 0, 0], first.labels)
     np.testing.assert_array_equal(first.labels == 9, first.problems == 1)
     assert 0.4 < np.mean(first.problems) < 0.6
 
@@ -69,7 +69,7 @@ def test_patches_are_cut_row_by_row():
 
 def test_a_stem_shrinks_images_before_they_are_cut():
     model = vit.VisionTransformer(patch=2, width=12, depth=1, heads=2, stem=(6, 10))
-    body, _ = train.initial(model, (16, 24, 3), {"a": 3}, seed=0)
+    body, _ = train.initial(model, np.zeros([1, 16, 24, 3], np.float32), {"a": 3}, seed=0)
     kernels = {name: body[name]["kernel"].shape for name in ("stem_a", "stem_b", "patches")}
     assert kernels == {"stem_a": (12, 6), "stem_b": (24, 10), "patches": (40, 12)}
     assert body["positions"].shape == (1, 2 * 3, 12)
@@ -81,7 +81,7 @@ def test_a_stem_shrinks_images_before_they_are_cut():
 
 def test_logits_are_features_times_head():
     model = vit.VisionTransformer(**MODEL)
-    body, heads = train.initial(model, (8, 8, 1), {"a": 3}, seed=0)
+    body, heads = train.initial(model, np.zeros([1, 8, 8, 1], np.float32), {"a": 3}, seed=0)
     images = jnp.asarray(np.random.default_rng(0).random([4, 8, 8, 1], np.float32))
     features = np.asarray(model.apply({"params": body}, images), np.float64)
     head = {"kernel": heads["a"]["kernel"], "bias": jnp.asarray([1.0, 2.0, 3.0])}
@@ -107,7 +107,7 @@ def test_moved_images_are_windows_of_the_padded_ones():
 
 def test_adapters_change_kernels_alone_and_by_their_rank():
     model = bodies.build({"kind": "resnet", "widths": (8,), "blocks": 1, "groups": 4})
-    body, heads = train.initial(model, (8, 8, 1), {"a": 3}, seed=0)
+    body, heads = train.initial(model, np.zeros([1, 8, 8, 1], np.float32), {"a": 3}, seed=0)
     rng, labels = np.random.default_rng(0), np.arange(40, dtype=np.int32) % 3
     patterns = rng.random([3, 8, 8, 1], np.float32)
     images = patterns[labels] + 0.1 * rng.random([40, 8, 8, 1], np.float32)
@@ -134,7 +134,7 @@ def test_adapters_change_kernels_alone_and_by_their_rank():
 
 def test_the_class_token_is_what_comes_out():
     model = vit.VisionTransformer(**MODEL, class_token=True)
-    body, _ = train.initial(model, (8, 8, 1), {"a": 2}, seed=0)
+    body, _ = train.initial(model, np.zeros([1, 8, 8, 1], np.float32), {"a": 2}, seed=0)
     assert body["positions"].shape == (1, 5, 24)
     images = np.random.default_rng(0).random([3, 8, 8, 1], np.float32)
     found = model.apply({"params": body}, images)

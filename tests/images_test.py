@@ -10,7 +10,7 @@ import pytest
 
 import mergejax as mj
 from mergejax import data, train
-from mergejax.data import images
+from mergejax.data import images, sources
 
 tfds = pytest.importorskip("tensorflow_datasets")
 Image = pytest.importorskip("PIL.Image")
@@ -108,23 +108,23 @@ def _config(data_dir, tasks=("scene15", "eurosat"), **limits):
 def test_sets_are_read_without_tensorflow_and_divided_per_source(data_dir, tmp_path):
     tasks = data.load(_config(data_dir), tmp_path, Notes())
     sizes = {
-        name: [len(getattr(task, part)) for part in images.PARTS] for name, task in tasks.items()
+        name: [len(getattr(task, part)) for part in sources.PARTS] for name, task in tasks.items()
     }
     assert sizes == {"scene15": [18, 2, 7], "eurosat": [21, 3, 6]}
     for task in tasks.values():
         assert task.labels == tuple({"scene15": THREE, "eurosat": TEN}[task.name])
         assert task.head == task.name
-        assert task.train.images.shape == (len(task.train), 8, 8, 3)
-        assert task.train.images.dtype == np.float32
+        assert task.train.inputs.shape == (len(task.train), 8, 8, 3)
+        assert task.train.inputs.dtype == np.float32
         assert task.train.labels.dtype == np.int32
-        assert 0.3 < task.train.images.mean() < 0.5
+        assert 0.3 < task.train.inputs.mean() < 0.5
     assert "tensorflow" not in sys.modules
 
 
 def test_parts_do_not_overlap(data_dir, tmp_path):
     task = data.load(_config(data_dir), tmp_path, Notes())["eurosat"]
     assert len(task.labels) == 10
-    rows = [{image.tobytes() for image in getattr(task, part).images} for part in images.PARTS]
+    rows = [{image.tobytes() for image in getattr(task, part).inputs} for part in sources.PARTS]
     assert len(set.union(*rows)) == sum(map(len, rows)) == 30
 
 
@@ -137,7 +137,7 @@ def test_decoded_images_are_reused_but_not_for_other_settings(data_dir, tmp_path
         assert len(notes.lines) == 1
         assert "2 tasks reused" in notes.lines[0]
     for name, task in first.items():
-        np.testing.assert_array_equal(task.test.images, second[name].test.images)
+        np.testing.assert_array_equal(task.test.inputs, second[name].test.inputs)
         np.testing.assert_array_equal(task.test.labels, second[name].test.labels)
     notes = Notes()
     limited = data.load(_config(data_dir, train=5), tmp_path, notes)
@@ -179,7 +179,7 @@ def test_unknown_task_is_refused(data_dir, tmp_path):
 
 def test_damaged_decoded_file_is_one_sentence(data_dir, tmp_path):
     data.load(_config(data_dir, ("scene15",)), tmp_path, Notes())
-    (path,) = (tmp_path / images.CACHE).iterdir()
+    (path,) = (tmp_path / sources.CACHE).iterdir()
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(mj.MergeError, match="delete the file") as raised:
         data.load(_config(data_dir, ("scene15",)), tmp_path, Notes())
@@ -192,7 +192,7 @@ def test_base_of_images_learns_from_the_training_images_of_its_own_sets(data_dir
     tasks = data.load(config, tmp_path, Notes())
     (split,) = data.pretraining(config, tasks, tmp_path, Notes()).values()
     whole = data.load(_config(data_dir, ("eurosat",)), tmp_path, Notes())["eurosat"]
-    np.testing.assert_array_equal(split.images, whole.train.images)
+    np.testing.assert_array_equal(split.inputs, whole.train.inputs)
 
 
 def test_heads_that_pretraining_does_not_teach_are_trained_on_the_base_as_it_is(data_dir, tmp_path):

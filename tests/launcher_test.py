@@ -168,7 +168,7 @@ def check_the_best_merge_is_what_its_chain_says_and_predicts_what_the_table_says
     )
     row = next(row for row in rows if row["name"] == verdict["best"])
     for name, task in tasks.items():
-        found = best.predict(task.test.images, task=name)
+        found = best.predict(task.test.inputs, task=name)
         wanted = [task.labels[label] for label in task.test.labels]
         share = np.mean([a == b for a, b in zip(found, wanted, strict=True)])
         assert share == pytest.approx(row["accuracy"][name]["value"])

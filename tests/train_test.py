@@ -76,7 +76,7 @@ def _run(workdir, **changes):
 
 
 def _accuracy(trained, body, head, split):
-    scores = train.logits(trained.model, body, head, jnp.asarray(split.images))
+    scores = train.logits(trained.model, body, head, jnp.asarray(split.inputs))
     return float(np.mean(np.argmax(np.asarray(scores), axis=1) == split.labels))
 
 
@@ -172,7 +172,7 @@ def test_workdir_of_other_images_is_refused(first, workdir):
     config, notes = _config(), Notes()
     tasks = data.load(config, workdir, notes)
     mirror = tasks["mirror"]
-    changed = Split(mirror.train.images * np.float32(0.5), mirror.train.labels)
+    changed = Split(mirror.train.inputs * np.float32(0.5), mirror.train.labels)
     tasks["mirror"] = type(mirror)(**{**vars(mirror), "train": changed})
     with pytest.raises(mj.MergeError, match=r"images\.mirror\.train"):
         train.train_all(config, tasks, workdir, notes)

@@ -80,7 +80,7 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
         config.training.finetune.rank = 8
         config.training.finetune.learning_rate = 1e-3
     config.calibration = {"examples": 256, "batch": 64, "estimator": "sampled"}
-    config.robustness = {"corruptions": ("noise", "blur", "contrast", "pixelate"), "images": 400}
+    config.robustness = {"corruptions": ("noise", "blur", "contrast", "pixelate"), "examples": 400}
     config.scaling = {
         "counts": (2, 3, 4, 5, 6, 7, 8),
         "methods": ("average", "task_arithmetic", "ties", "regmean"),
@@ -96,7 +96,7 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
         config.training.multi_task.steps = 250
         config.data.limits = {"train": 2000, "validation": 200, "test": 400}
         config.calibration.examples = 64
-        config.robustness.images = 100
+        config.robustness.examples = 100
         config.scaling.counts = (2, 4, 6, 8)
         config.search = search.grids(limit=2)
     return config.lock()

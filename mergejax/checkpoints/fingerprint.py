@@ -46,8 +46,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _digest(split: Split) -> str:
     checksum = zlib.crc32(np.ascontiguousarray(split.labels).data)
-    checksum = zlib.crc32(np.ascontiguousarray(split.images).data, checksum)
-    return f"{len(split)} images, {checksum:08x}"
+    checksum = zlib.crc32(np.ascontiguousarray(split.inputs).data, checksum)
+    return f"{len(split)} examples, {checksum:08x}"
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def fingerprint(
 
     Args:
         config: its `data`, `model`, `training` and `seed` count.
-        tasks: if given, numbers and checksums of their images count too.
+        tasks: if given, numbers and checksums of their examples count too.
 
     Returns:
         Plain values by dotted name, as JSON gives them back.
@@ -82,7 +82,7 @@ def fingerprint(
         found |= _flat(name, config[name])
     for task in (tasks or {}).values():
         for part in ("train", "validation", "test"):
-            found[f"images.{task.name}.{part}"] = _digest(getattr(task, part))
+            found[f"examples.{task.name}.{part}"] = _digest(getattr(task, part))
     return json.loads(json.dumps(found))
 
 
@@ -96,7 +96,7 @@ def check(
     Args:
         config: what is wanted now.
         workdir: may be empty or absent; nothing is written to it.
-        tasks: if given, their images are compared too.
+        tasks: if given, their examples are compared too.
 
     Raises:
         MergeError: names every setting that differs, as stored and as wanted.
@@ -106,7 +106,7 @@ def check(
     if not stored:
         return
     wanted = fingerprint(config, tasks)
-    names = sorted(set(wanted) | {name for name in stored if not name.startswith("images.")})
+    names = sorted(set(wanted) | {name for name in stored if not name.startswith("examples.")})
     differences = [
         f"{name}: {stored.get(name, ABSENT)} there, {wanted.get(name, ABSENT)} wanted"
         for name in names

@@ -1,17 +1,19 @@
 """Data sets as tasks: `load` gives the tasks of a config, `pretraining` what their base learns."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ml_collections
+import numpy as np
 
 from mergejax import errors
-from mergejax.data import digits, images
+from mergejax.data import digits, images, sources, texts
 from mergejax.data.task import Split as Split
 from mergejax.data.task import Task as Task
 from mergejax.progress import Reporter
 
-SUITES = ("digits", "images")
+SUITES = ("digits", "images", "texts")
 
 
 def load(
@@ -20,8 +22,8 @@ def load(
     """Loads the tasks that a config names.
 
     Args:
-        config: `data` (suite and its settings), `data_dir` (image sets only) and `seed`.
-        workdir: where decoded images are kept for the next run; digits write nothing.
+        config: `data` (suite and its settings), `data_dir` (not for digits) and `seed`.
+        workdir: where what was decoded is kept for the next run; digits write nothing.
         reporter: told what takes time.
 
     Returns:
@@ -34,8 +36,8 @@ def load(
     match data.suite:
         case "digits":
             return digits.load(data.tasks, data.train, data.validation, config.seed)
-        case "images":
-            return _images(data.tasks, config, workdir, reporter)
+        case "images" | "texts":
+            return _sets(data.tasks, config, workdir, reporter)
     raise errors.MergeError(
         f"config.data.suite: there is no suite '{data.suite}', "
         f"{errors.did_you_mean(data.suite, SUITES)}"
@@ -80,8 +82,9 @@ def pretraining(
         reporter: as for `load`.
 
     Returns:
-        For digits, distorted upright scans with every kind of label that the tasks ask for; for
-        images, the training splits of the sets that `config.data.pretraining` names.
+        For digits, distorted upright scans with every kind of label that the tasks ask for;
+        otherwise the training splits of the sets that `config.data.pretraining` names, none for a
+        model that comes pre-trained.
 
     Raises:
         MergeError: for unknown sets, and data sets that are missing.
@@ -91,14 +94,36 @@ def pretraining(
         return digits.pretraining(tasks, data.train, data.validation, config.seed, data.variants)
     apart = config.copy_and_resolve_references().unlock()
     apart.data.head = ""
-    sets = _images(data.pretraining, apart, workdir, reporter)
+    sets = _sets(data.get("pretraining", ()), apart, workdir, reporter)
     return {name: one.train for name, one in sets.items()}
 
 
-def _images(
+def reader(config: Mapping[str, Any]) -> Callable[[Any], np.ndarray]:
+    """What makes inputs of a model of what a user has: images as they are, tokens of texts.
+
+    Args:
+        config: `data` and `model`, as for `load`.
+
+    Example:
+        >>> reader({"data": {"suite": "digits"}})([[0.5]]).shape
+        (1, 1)
+    """
+    if config["data"]["suite"] != "texts":
+        return np.asarray
+    cut = texts.cutter(config["model"]["weights"], config["data"]["length"])
+    return lambda given: np.stack([cut((t,) if isinstance(t, str) else t) for t in given])
+
+
+def _sets(
     names: Sequence[str],
     config: ml_collections.ConfigDict,
     workdir: str | pathlib.Path,
     reporter: Reporter,
 ) -> dict[str, Task]:
-    return images.load(names, config.data, config.data_dir, pathlib.Path(workdir), reporter)
+    data = config.data
+    kind = (
+        images.kind(data.size)
+        if data.suite == "images"
+        else texts.kind(config.model.weights, data.length)
+    )
+    return sources.load(kind, names, data, config.data_dir, pathlib.Path(workdir), reporter)

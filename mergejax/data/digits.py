@@ -116,7 +116,7 @@ def load(names: Sequence[str], train: int, validation: int, seed: int) -> dict[s
 
     Example:
         >>> tasks = load(["mirror", "checkered_parity"], train=1000, validation=250, seed=0)
-        >>> tasks["mirror"].test.images.shape, tasks["checkered_parity"].labels
+        >>> tasks["mirror"].test.inputs.shape, tasks["checkered_parity"].labels
         ((547, 8, 8, 1), ('even', 'odd'))
     """
     errors.raise_all(

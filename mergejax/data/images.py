@@ -1,48 +1,15 @@
-"""Eight image sets as tasks, a small cousin of the eight-task benchmark of CLIP merging.
+"""Image sets as tasks, a small cousin of the eight-task benchmark of CLIP merging.
 
-The sets are read as TensorFlow Datasets keeps them, by `tfds.data_source`, without TensorFlow.
-Every image becomes a small colour square; what was decoded is kept in the workdir for the next run.
+Every image becomes a small colour square.
 """
 
-import json
-import os
-import pathlib
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Mapping
+from typing import Any
 
-import ml_collections
 import numpy as np
 
-from mergejax import errors
-from mergejax.data.task import Split, Task
-from mergejax.progress import Reporter
-
-PARTS = ("train", "validation", "test")
-CACHE = "images"  # folder in the workdir
-FORMAT = "array_record"  # of parquet files TFDS reads the whole whatever slice is asked for
-
-
-class Source(NamedTuple):
-    """Where a task's images come from.
-
-    Attributes:
-        builder: name for `tfds.data_source`.
-        train: what the experts learn from, as a TFDS split with slices.
-        validation: what hyper-parameters are picked on.
-        test: what is reported.
-        origin: where the images can be had; empty if TFDS can download and prepare them itself.
-        label: name of the feature that holds the label.
-    """
-
-    builder: str
-    train: str = "train[:90%]"
-    validation: str = "train[90%:]"
-    test: str = "test"
-    origin: str = ""
-    label: str = "label"
-
+from mergejax.data.sources import Kind, Source
 
 SOURCES: Mapping[str, Source] = {
     "scene15": Source("scene15", origin="github.com/YongKyeom/cv-hw3-eurosat-detectron"),
@@ -94,168 +61,21 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
     return np.pad(colour, [(top, bottom), (left, right), (0, 0)])
 
 
-def load(
-    names: Sequence[str],
-    data: ml_collections.ConfigDict,
-    data_dir: str,
-    workdir: pathlib.Path,
-    reporter: Reporter,
-) -> dict[str, Task]:
-    """Reads the tasks from what an earlier run decoded, or from TensorFlow Datasets.
+def kind(size: int) -> Kind:
+    """Images as uint8 [size, size, 3], from the sets in `SOURCES`.
 
-    Args:
-        names: of the tasks, some of `SOURCES`.
-        data: `size` in pixels, `head` where all tasks share one (they have the same labels), and
-            `limits`, the most images to use of each part, so that a full official copy takes no
-            longer than a subset.
-        data_dir: folder of the data sets; if empty the environment's TFDS_DATA_DIR, or what TFDS
-            takes by default.
-        workdir: decoded images are kept in its folder `images`.
-        reporter: told what is decoded and what is reused.
-
-    Returns:
-        The tasks by name; images float32 [n, size, size, 3].
-
-    Raises:
-        MergeError: for unknown tasks, and for every data set that is missing.
+    Example:
+        >>> sorted(kind(32).sources)[:3]
+        ['bangla', 'cars_body', 'cifar10']
     """
-    errors.raise_all(
-        [
-            f"config.data: there is no image task '{name}', {errors.did_you_mean(name, SOURCES)}"
-            for name in names
-            if name not in SOURCES
-        ]
+
+    def decode(record: Mapping[str, Any], feature: str) -> np.ndarray:
+        return square(record[feature], size)
+
+    return Kind(
+        name="image",
+        extra="images",
+        sources=SOURCES,
+        decoder=lambda source: functools.partial(decode, feature=source.features[0]),
+        recipe=[size],
     )
-    paths = {name: workdir / CACHE / _file_name(name, data, data_dir) for name in names}
-    opened = _open_all([name for name in paths if not paths[name].exists()], data_dir)
-    for name, parts in opened.items():
-        _decode_task(name, parts, data, paths[name], reporter)
-    if len(opened) < len(paths):
-        reporter.log(f"images: {len(paths) - len(opened)} tasks reused from {workdir / CACHE}")
-    tasks = {name: _read(name, path, data.get("head", "")) for name, path in paths.items()}
-    _check_heads(tasks)
-    return tasks
-
-
-def _check_heads(tasks: Mapping[str, Task]) -> None:
-    """Refuses a common head for tasks whose labels differ in number."""
-    first: dict[str, Task] = {}
-    problems = []
-    for name, task in tasks.items():
-        other = first.setdefault(task.head, task)
-        if len(other.labels) != len(task.labels):
-            problems.append(
-                f"config.data.head: '{task.head}' cannot be the head of '{name}' with "
-                f"{len(task.labels)} labels and of '{other.name}' with {len(other.labels)} "
-                "labels; choose tasks with the same labels, or leave config.data.head empty"
-            )
-    errors.raise_all(problems)
-
-
-def _folder(data_dir: str) -> str | None:
-    return data_dir or os.environ.get("TFDS_DATA_DIR") or None
-
-
-def _file_name(name: str, data: ml_collections.ConfigDict, data_dir: str) -> str:
-    """Names the decoded images after everything that they depend on."""
-    folder = pathlib.Path(_folder(data_dir) or "~/tensorflow_datasets").expanduser().absolute()
-    recipe = json.dumps([SOURCES[name], data.size, sorted(data.limits.items()), str(folder)])
-    return f"{name}-{zlib.crc32(recipe.encode()):08x}.npz"
-
-
-def _open_all(names: Sequence[str], data_dir: str) -> dict[str, dict[str, Any]]:
-    """Opens train, validation and test of every task; one sentence for each that is missing."""
-    if not names:
-        return {}
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise errors.MergeError(
-            f"the image tasks need a package that is not installed ({error}): "
-            "run pip install 'mergejax[images]'"
-        ) from error
-    opened, problems = {}, []
-    for name in names:
-        source = SOURCES[name]
-        where = {"data_dir": _folder(data_dir), "download": False}
-        try:
-            opened[name] = {
-                part: tfds.data_source(source.builder, split=getattr(source, part), **where)
-                for part in PARTS
-            }
-            if opened[name]["test"].dataset_info.file_format.value != FORMAT:
-                raise ValueError("its files are not of the format array_record")
-        except Exception as error:  # TFDS has no one error for what is not there
-            problems.append(_missing(name, data_dir, error))
-    errors.raise_all(problems)
-    return opened
-
-
-def _missing(name: str, data_dir: str, reason: Exception) -> str:
-    source, folder = SOURCES[name], _folder(data_dir) or "~/tensorflow_datasets"
-    place = pathlib.Path(folder).expanduser()
-    lines = str(reason).strip().splitlines() or [type(reason).__name__]
-    why = lines[0].partition(". ")[0][:120].rstrip(".")
-    if not (place / source.builder).is_dir():
-        why = (
-            f"it has no folder '{source.builder}'" if place.is_dir() else "there is no such folder"
-        )
-    how = (
-        f"write one of the format {FORMAT} with the features 'image' and '{source.label}' from "
-        f"the images of {source.origin}"
-        if source.origin
-        else "prepare it once, with TensorFlow installed, by tfds.data_source("
-        f"'{source.builder}', data_dir='{folder}', builder_kwargs={{'file_format': '{FORMAT}'}})"
-    )
-    return (
-        f"task '{name}': the data set '{source.builder}' cannot be read in {folder} "
-        f"({why}); set --config.data_dir or TFDS_DATA_DIR to the folder that holds it, or {how}"
-    )
-
-
-def _decode_task(
-    name: str,
-    parts: Mapping[str, Any],
-    data: ml_collections.ConfigDict,
-    path: pathlib.Path,
-    reporter: Reporter,
-) -> None:
-    """Writes one task's small squares, uint8, to `path`, by renaming."""
-    label = SOURCES[name].label
-    counts = {part: min(len(records), data.limits[part]) for part, records in parts.items()}
-    arrays: dict[str, Any] = {"names": np.array(parts["train"].dataset_info.features[label].names)}
-    with reporter.progress(f"decode {name}", sum(counts.values())) as advance:
-        for part, records in parts.items():
-            images = np.empty([counts[part], data.size, data.size, 3], np.uint8)
-            labels = np.empty([counts[part]], np.int32)
-            for place in range(counts[part]):
-                record = records[place]
-                images[place], labels[place] = square(record["image"], data.size), record[label]
-            arrays |= {f"{part}_images": images, f"{part}_labels": labels}
-            advance(counts[part])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.new")
-    with staged.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(staged, path)
-
-
-def _read(name: str, path: pathlib.Path, head: str) -> Task:
-    """Reads what `_decode_task` wrote; without a common head a task has one of its own."""
-    try:
-        with path.open("rb") as file, np.load(file) as saved:
-            arrays = dict(saved)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise errors.MergeError(
-            f"{path}: the decoded images are damaged ({error}); delete the file to have it made "
-            "again"
-        ) from error
-    splits = {
-        part: Split(
-            arrays[f"{part}_images"].astype(np.float32) / np.float32(255),
-            arrays[f"{part}_labels"],
-        )
-        for part in PARTS
-    }
-    labels = tuple(str(label) for label in arrays["names"])
-    return Task(name=name, labels=labels, head=head or name, **splits)

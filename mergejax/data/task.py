@@ -1,4 +1,4 @@
-"""What a task is: a name, three splits of labelled images, and the names of its labels."""
+"""What a task is: a name, three splits of labelled examples, and the names of its labels."""
 
 import dataclasses
 
@@ -7,10 +7,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Labelled images of one split.
+    """Labelled images or texts of one split.
 
     Attributes:
-        images: float32 [n, height, width, channels], pixels in [0, 1].
+        inputs: images, float32 [n, height, width, channels] with pixels in [0, 1]; or texts as
+            tokens, int32 [n, length] with -1 behind their end.
         labels: int32 [n], indices into the task's `labels`.
 
     Example:
@@ -18,18 +19,18 @@ class Split:
         3
     """
 
-    images: np.ndarray
+    inputs: np.ndarray
     labels: np.ndarray
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Number of examples."""
         return len(self.labels)
 
 
 def joined(first: Split, second: Split) -> Split:
-    """The images of two splits with the same labels, one behind the other."""
+    """The examples of two splits with the same labels, one behind the other."""
     return Split(
-        np.concatenate([first.images, second.images]),
+        np.concatenate([first.inputs, second.inputs]),
         np.concatenate([first.labels, second.labels]),
     )
 

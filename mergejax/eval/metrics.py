@@ -43,17 +43,17 @@ def wilson(right: int, total: int) -> Estimate:
 
 
 def mean_over_tasks(values: Sequence[np.ndarray], shared: bool) -> Estimate:
-    r"""Mean over tasks of a mean over images, with the interval that chance in the images leaves.
+    r"""Mean over tasks of a mean over examples, with the interval that chance in these leaves.
 
     Where all tasks show the same scans in the same order, the scans are drawn and not the pairs of
     scan and task, so the variance is that of the scans' means over tasks; where every task has
-    images of its own, the variances of the tasks add up:
+    examples of its own, the variances of the tasks add up:
 
     .. math:: s^2 = \frac{Var_i\big(\frac1T\sum_t x_{ti}\big)}{n}\quad\text{or}\quad
         s^2 = \frac1{T^2}\sum_t\frac{Var_i(x_{ti})}{n_t}
 
     and the interval is the mean plus and minus 1.96 s. For a paired comparison pass the differences
-    of two models on the same images; an interval without 0 then exceeds the noise.
+    of two models on the same examples; an interval without 0 then exceeds the noise.
 
     Args:
         values: for each of the T tasks one number per image, [n_t]: right or wrong, or differences.
@@ -82,11 +82,11 @@ def _variance_of_mean(values: np.ndarray) -> float:
 
 
 def difference(first: Sequence[np.ndarray], second: Sequence[np.ndarray], shared: bool) -> Estimate:
-    """Lead of one model over another, in mean accuracy over tasks, on the same images.
+    """Lead of one model over another, in mean accuracy over tasks, on the same examples.
 
     Args:
-        first: per task, right or wrong for each image, [n_t].
-        second: the same of the other model, on the same images in the same order.
+        first: per task, right or wrong for each example, [n_t].
+        second: the same of the other model, on the same examples in the same order.
         shared: see `mean_over_tasks`.
 
     Returns:

@@ -110,9 +110,8 @@ def _headline(summary: Mapping[str, Any], merges: Sequence[Mapping[str, Any]]) -
     if not merges:
         return start
     best = merges[0]
-    return (
-        f"{start} Best on validation images: {label(best)}, {seeds.shown(best['mean'])} % on test."
-    )
+    shown = seeds.shown(best["mean"])
+    return f"{start} Best on validation examples: {label(best)}, {shown} % on test."
 
 
 def _cards(summary: Mapping[str, Any], merges: Sequence[Mapping[str, Any]]) -> str:

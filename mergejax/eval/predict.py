@@ -1,7 +1,7 @@
-"""Predictions of one body on several tasks at once: one batch of images, one wide head.
+"""Predictions of one body on several tasks at once: one batch of examples, one wide head.
 
-The heads of all tasks are laid side by side; an image sees the classes of its own task only. So a
-body is run once over the images of all tasks, and one compiled program serves every model.
+The heads of all tasks are laid side by side; an example sees the classes of its own task only. So a
+body is run once over the examples of all tasks, and one compiled program serves every model.
 """
 
 import functools
@@ -17,30 +17,30 @@ from mergejax import train
 from mergejax.data.task import Split
 
 Tree = Any
-CHUNK = 2048  # images that go through a body at once
+CHUNK = 512  # examples that go through a body at once
 
 
 class Bundle(NamedTuple):
-    """The labelled images of several tasks, one task behind the other.
+    """The labelled examples of several tasks, one task behind the other.
 
     Attributes:
-        images: float32 [n, height, width, channels].
+        inputs: float32 [n, height, width, channels], or int32 [n, length].
         labels: int32 [n], index of the class among the classes of all tasks.
         tasks: int32 [n], index of the task.
         owners: int32 [classes], index of the task that a class belongs to.
     """
 
-    images: np.ndarray
+    inputs: np.ndarray
     labels: np.ndarray
     tasks: np.ndarray
     owners: np.ndarray
 
 
 def bundle(splits: Sequence[Split], classes: Sequence[int], skipped: int = 0) -> Bundle:
-    """Joins the images of several tasks.
+    """Joins the examples of several tasks.
 
     Args:
-        splits: one per task; images of one shape.
+        splits: one per task; inputs of one shape.
         classes: number of classes of each task, also of tasks before and behind these.
         skipped: number of tasks before these.
 
@@ -58,7 +58,7 @@ def bundle(splits: Sequence[Split], classes: Sequence[int], skipped: int = 0) ->
     labels = [split.labels + start for split, start in zip(splits, starts, strict=True)]
     own = np.arange(skipped, skipped + len(splits))
     return Bundle(
-        images=np.concatenate([split.images for split in splits]),
+        inputs=np.concatenate([split.inputs for split in splits]),
         labels=np.concatenate(labels).astype(np.int32),
         tasks=np.repeat(own, [len(split) for split in splits]).astype(np.int32),
         owners=np.repeat(np.arange(len(classes)), classes).astype(np.int32),
@@ -81,55 +81,55 @@ def join_heads(heads: Mapping[str, Tree], names: Sequence[str]) -> Tree:
     }
 
 
-def scores(model: nn.Module, body: Tree, head: Tree, images: Bundle) -> jax.Array:
-    """Scores the classes of every image's own task; works under `jax.jit` and `jax.lax.map`.
+def scores(model: nn.Module, body: Tree, head: Tree, examples: Bundle) -> jax.Array:
+    """Scores the classes of every example's own task; works under `jax.jit` and `jax.lax.map`.
 
     Args:
         model: the body's module.
         body: its parameters.
         head: what `join_heads` returned.
-        images: what `bundle` returned.
+        examples: what `bundle` returned.
 
     Returns:
         float32 [n, all classes], minus infinity for the classes of other tasks.
     """
-    n = images.images.shape[0]
+    n = examples.inputs.shape[0]
     size = min(n, CHUNK)
-    padded = jnp.pad(images.images, [(0, -n % size)] + [(0, 0)] * 3)
+    padded = jnp.pad(examples.inputs, [(0, -n % size)] + [(0, 0)] * (examples.inputs.ndim - 1))
     chunks = padded.reshape(-1, size, *padded.shape[1:])
     logits = jax.lax.map(lambda chunk: train.logits(model, body, head, chunk), chunks)
-    own = images.tasks[:, None] == images.owners[None, :]
+    own = examples.tasks[:, None] == examples.owners[None, :]
     return jnp.where(own, logits.reshape(-1, logits.shape[-1])[:n], -jnp.inf)
 
 
-def is_right(model: nn.Module, body: Tree, head: Tree, images: Bundle) -> jax.Array:
-    """Tells which images a body classifies as their label says; works under `jax.jit`.
+def is_right(model: nn.Module, body: Tree, head: Tree, examples: Bundle) -> jax.Array:
+    """Tells which examples a body classifies as their label says; works under `jax.jit`.
 
     Args:
         model: the body's module.
         body: its parameters.
         head: what `join_heads` returned.
-        images: what `bundle` returned.
+        examples: what `bundle` returned.
 
     Returns:
         bool [n].
     """
-    return scores(model, body, head, images).argmax(axis=1) == images.labels
+    return scores(model, body, head, examples).argmax(axis=1) == examples.labels
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def right(model: nn.Module, body: Tree, head: Tree, images: Bundle) -> jax.Array:
+def right(model: nn.Module, body: Tree, head: Tree, examples: Bundle) -> jax.Array:
     """`is_right`, compiled once for all bodies of one model."""
-    return is_right(model, body, head, images)
+    return is_right(model, body, head, examples)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _probabilities(model: nn.Module, body: Tree, head: Tree, images: Bundle) -> jax.Array:
-    return jax.nn.softmax(scores(model, body, head, images), axis=1)
+def _probabilities(model: nn.Module, body: Tree, head: Tree, examples: Bundle) -> jax.Array:
+    return jax.nn.softmax(scores(model, body, head, examples), axis=1)
 
 
 def ensemble_right(
-    model: nn.Module, bodies: Sequence[Tree], head: Tree, images: Bundle
+    model: nn.Module, bodies: Sequence[Tree], head: Tree, examples: Bundle
 ) -> jax.Array:
     """As `right`, by the mean of the class probabilities that several bodies give.
 
@@ -137,33 +137,33 @@ def ensemble_right(
         model: the bodies' module.
         bodies: their parameters.
         head: what `join_heads` returned; all bodies are run under it.
-        images: what `bundle` returned.
+        examples: what `bundle` returned.
 
     Returns:
         bool [n].
     """
-    total = sum(_probabilities(model, body, head, images) for body in bodies)
-    return jnp.argmax(total, axis=1) == images.labels
+    total = sum(_probabilities(model, body, head, examples) for body in bodies)
+    return jnp.argmax(total, axis=1) == examples.labels
 
 
-def own_right(model: nn.Module, bodies: Sequence[Tree], head: Tree, images: Bundle) -> jax.Array:
-    """As `right`, each image by the body of its own task.
+def own_right(model: nn.Module, bodies: Sequence[Tree], head: Tree, examples: Bundle) -> jax.Array:
+    """As `right`, each example by the body of its own task.
 
     Args:
         model: the bodies' module.
         bodies: their parameters, in the order of the tasks.
         head: what `join_heads` returned.
-        images: what `bundle` returned, of these tasks only.
+        examples: what `bundle` returned, of these tasks only.
 
     Returns:
         bool [n].
     """
-    each = jnp.stack([right(model, body, head, images) for body in bodies])
-    return jnp.take_along_axis(each, jnp.asarray(images.tasks)[None], axis=0)[0]
+    each = jnp.stack([right(model, body, head, examples) for body in bodies])
+    return jnp.take_along_axis(each, jnp.asarray(examples.tasks)[None], axis=0)[0]
 
 
-def by_task(right: np.ndarray, images: Bundle, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Cuts one value per image, [n], into the images of each task, by name; some may have none."""
-    counts = np.bincount(images.tasks, minlength=len(names))
+def by_task(right: np.ndarray, examples: Bundle, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Cuts one value per example, [n], into those of each task, by name; some may have none."""
+    counts = np.bincount(examples.tasks, minlength=len(names))
     parts = np.split(np.asarray(right), np.cumsum(counts)[:-1])
     return dict(zip(names, parts, strict=True))

@@ -15,7 +15,7 @@ ORDER = ("base", "expert", "own", "merge", "compressed", "ensemble", "multi_task
 
 
 def encode(right: np.ndarray) -> str:
-    """Right or wrong for each image as a text of ones and zeros.
+    """Right or wrong for each example as a text of ones and zeros.
 
     Example:
         >>> encode(np.array([True, False, True]))
@@ -103,7 +103,7 @@ def normalised(right: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> float 
     """Mean share of the accuracy that each task's own expert reaches.
 
     Args:
-        right: per task, right or wrong for each image.
+        right: per task, right or wrong for each example.
         own: the same of each task's expert.
 
     Returns:
@@ -172,7 +172,7 @@ def sentence(best: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
         f"Take {best['chain']}: it" if ahead else f"Keep the base: of the merges {best['chain']}"
     )
     return (
-        f"{advice} has the best mean accuracy on the validation images "
+        f"{advice} has the best mean accuracy on the validation examples "
         f"({100 * best['validation']:.1f} %); {', and '.join(parts)}."
     )
 
@@ -180,7 +180,7 @@ def sentence(best: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
 def _lead(other: Mapping[str, Any], label: str) -> str:
     lead = other["lead"]
     if lead["value"] == lead["low"] == lead["high"] == 0.0:
-        return f"is right about exactly the images that {label} is right about"
+        return f"is right about exactly the examples that {label} is right about"
     sign, side = (1, "ahead of") if lead["value"] >= 0 else (-1, "behind")
     low, high = sorted((sign * lead["low"], sign * lead["high"]))
     shown = interval({"value": sign * lead["value"], "low": low, "high": high})

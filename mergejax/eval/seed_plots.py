@@ -36,7 +36,7 @@ def draw(
         drawn["scaling.png"] = ("From few experts to many", scaling(summary["scaling"]))
     seed, first = next(iter(found.items()))
     if first["sweep"]:
-        title = f"TIES on validation images, seed {seed}"
+        title = f"TIES on validation examples, seed {seed}"
         drawn["ties_sweep.png"] = (title, plots.sweep(first["sweep"]))
     drawn["conflict.png"] = ("Where the experts disagree", conflict(summary["conflict"]))
     return drawn

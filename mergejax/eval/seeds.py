@@ -39,7 +39,7 @@ def summarise(name: str, found: Mapping[int, Results]) -> dict[str, Any]:
 
     Returns:
         `name`, `seeds`, `tasks`, `held_out`, `corruptions`, `models` (a row each, with mean and
-        deviation over seeds of `mean`, `normalised`, each task, held-out tasks, corrupted images,
+        deviation over seeds of `mean`, `normalised`, each task, held-out tasks, corrupted examples,
         seconds, bytes; merges in the order of their validation accuracy), `scaling` (by number of
         experts and method) and `conflict` (by block).
     """
@@ -186,10 +186,10 @@ def caption(summary: Mapping[str, Any]) -> str:
     """What the numbers of the table are."""
     count = len(summary["seeds"])
     parts = [
-        "Accuracy in % on test images, "
+        "Accuracy in % on test examples, "
         + (f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed")
-        + " (a seed draws the base, the experts and the order of images)",
-        "merges stand in the order of their accuracy on validation images, on which their values "
+        + " (a seed draws the base, the experts and the order of examples)",
+        "merges stand in the order of their accuracy on validation examples, on which their values "
         "were chosen from so many settings, never on test",
         "normalised: mean share of each expert's accuracy on its own task",
     ]

@@ -53,16 +53,16 @@ def caption(results: Mapping[str, Any]) -> str:
     scans = (
         "all tasks show the same scans, so scans were drawn, not pairs of scan and task"
         if results["scans_shared_by_tasks"]
-        else "every task has images of its own"
+        else "every task has examples of its own"
     )
     calibrated = (
-        f" Statistics come from {_numbers(examples)} training images of each expert's own task."
+        f" Statistics come from {_numbers(examples)} training examples of each expert's own task."
         if examples
         else ""
     )
     return (
-        f"Accuracy in % on the test images ({counts} a task). The values in a chain were chosen on "
-        f"validation images ({validation} a task), never on test, from the number of settings "
+        f"Accuracy in % on the test examples ({counts} a task). The values in a chain were chosen "
+        f"on validation examples ({validation} a task), never on test, from the number of settings "
         "given; merges are listed by their mean on validation. Mean over tasks with its 95 % "
         f"interval ({scans}); normalised: mean share of each expert's accuracy on its own task; "
         f"seconds: the merge alone, compiled before.{calibrated}"

@@ -6,16 +6,17 @@ from typing import Any
 import flax.linen as nn
 
 from mergejax import errors
-from mergejax.models import residual, vit
+from mergejax.models import residual, sentence, vit
 
 KINDS: Mapping[str, Callable[..., nn.Module]] = {
     "vit": vit.VisionTransformer,
     "resnet": residual.ResidualNetwork,
+    "sentence_encoder": sentence.build,
 }
 
 
 def build(settings: Mapping[str, Any]) -> nn.Module:
-    """Makes the module of a body: images [n, height, width, channels] to features [n, width].
+    """Makes the module of a body: images or tokens, [n, ...], to features [n, width].
 
     Args:
         settings: `kind`, one of `KINDS` ('vit' if absent), and the arguments of that module; lists
@@ -43,3 +44,26 @@ def build(settings: Mapping[str, Any]) -> nn.Module:
         if name != "kind"
     }
     return KINDS[kind](**arguments)
+
+
+def pretrained(settings: Mapping[str, Any]) -> Any:
+    """The parameters that a body comes with, or None for those that are trained from scratch.
+
+    Args:
+        settings: as for `build`.
+
+    Raises:
+        MergeError: weights that cannot be read.
+
+    Example:
+        >>> pretrained({"kind": "vit"}) is None
+        True
+    """
+    if settings.get("kind") == "sentence_encoder":
+        return sentence.pretrained(settings["weights"])
+    return None
+
+
+def mask(model: nn.Module) -> Callable[[Any], Any] | None:
+    """What says which tokens of a batch are no padding; None for models of images."""
+    return getattr(model, "mask", None)

@@ -4,8 +4,8 @@ The base is pre-trained on broader problems, together with their heads, or comes
 heads for tasks that are not among them are then trained on the base as it is. All heads are frozen
 then, and each expert is the base's body trained further on one task under the head of its kind, as
 in the experiments with CLIP, whose heads are text embeddings (Ilharco et al. 2023,
-arXiv:2212.04089). So every body works with every head, and only bodies are merged. The multi-task model, an upper mark, starts from the base
-too and trains its own copies of the heads.
+arXiv:2212.04089). So every body works with every head, and only bodies are merged. The multi-task
+model, an upper mark, starts from the base too and trains its own copies of the heads.
 """
 
 import dataclasses

@@ -30,7 +30,7 @@ class SentenceEncoder(nn.Module):
         """Maps int32 [n, length], -1 for padding, to [n, width]."""
         mask = self.mask(tokens)
         known = jnp.where(mask, tokens, self.config.pad_token_id)
-        states, _ = Encoder(self.config, name="encoder")(known, mask)
+        states, _ = Encoder(self.config, name="encoder")(known, mask.astype(jnp.int32))
         real = mask.astype(states.dtype)
         return jnp.einsum("nl,nlw->nw", real, states) / real.sum(1, keepdims=True)
 

@@ -11,7 +11,6 @@ import numpy as np
 from flax import traverse_util
 
 from mergejax import collect, errors, fit, train
-from mergejax.checkpoints import orbax
 from mergejax.data.task import Task
 from mergejax.models import bodies
 from mergejax.progress import Reporter
@@ -111,18 +110,26 @@ def statistics(
     for need in needs:
         words = [need, *(noted(settings, [need]) or {}).values()]
         folder = workdir / FOLDER / "_".join(map(str, words))
-        missing = [name for name in tasks if not orbax.is_saved(folder / name)]
+        paths = {name: folder / f"{name}.safetensors" for name in tasks}
+        missing = [name for name, path in paths.items() if not path.exists()]
         if missing:
+            folder.mkdir(parents=True, exist_ok=True)
             batches = {name: _batches(tasks[name], settings) for name in missing}
             total = sum(len(several) for several in batches.values())
             with reporter.progress(f"collect {need}", total) as advance:
                 for name in missing:
                     source = Source(trained, name, batches[name], settings.estimator)
-                    tree = COLLECTORS[need](source, lambda done, total, what: advance(1))
-                    orbax.save(folder / name, tree)
+                    one = COLLECTORS[need](source, lambda done, total, what: advance(1))
+                    data = f"{name}/train[:{min(settings.examples, len(tasks[name].train))}]"
+                    collect.save(paths[name], one, trained.experts[name], data)
         else:
             reporter.log(f"{need}: reused, collected before on {settings.examples} examples a task")
-        found[need] = [orbax.restore(folder / name) for name in tasks]
+        found[need] = [
+            traverse_util.unflatten_dict(
+                dict(collect.load(path, trained.experts[name])[need]), sep="/"
+            )
+            for name, path in paths.items()
+        ]
     return found
 
 
@@ -131,7 +138,7 @@ def _batches(task: Task, settings: ml_collections.ConfigDict) -> list[Any]:
     return [inputs[i : i + settings.batch] for i in range(0, len(inputs), settings.batch)]
 
 
-def _under_head(collector: Any, source: Source, **options: Any) -> Tree:
+def _under_head(collector: Any, source: Source, **options: Any) -> collect.Statistics:
     # The head is passed with the body, not closed over, and padded to the largest one: so all tasks
     # share a compilation. A class that is never predicted adds nothing to the information.
     heads = source.trained.heads
@@ -152,47 +159,32 @@ def _logits_of(model: Any) -> Callable[[Tree, Any], Any]:
     return lambda params, inputs: train.logits(model, params["body"], params["head"], inputs)
 
 
-def _fisher(source: Source, advance: Advance) -> Tree:
+def _fisher(source: Source, advance: Advance) -> collect.Statistics:
     found = _under_head(collect.fisher, source, microbatch=MICROBATCH, progress=advance)
-    return found["body"]
+    return found.under("body")
 
 
-def _output_gram(source: Source, advance: Advance) -> Tree:
-    return _of_body(_under_head(collect.output_gram, source, exclude="^head/", progress=advance))
+def _output_gram(source: Source, advance: Advance) -> collect.Statistics:
+    found = _under_head(collect.output_gram, source, exclude="^head/", progress=advance)
+    return found.under("body")
 
 
-def _block_fisher(source: Source, advance: Advance) -> Tree:
-    return _of_body(
-        _under_head(collect.block_fisher, source, largest=SMALL, exclude="^head/", progress=advance)
-    )
+def _block_fisher(source: Source, advance: Advance) -> collect.Statistics:
+    options: dict[str, Any] = {"largest": SMALL, "exclude": "^head/"}
+    return _under_head(collect.block_fisher, source, **options, progress=advance).under("body")
 
 
-def _of_body(found: Mapping[str, Any]) -> Tree:
-    return traverse_util.unflatten_dict(found, sep="/")["body"]
+def _gram(source: Source, advance: Advance) -> collect.Statistics:
+    return _of_inputs(collect.gram, source, advance)
 
 
-def _gram(source: Source, advance: Advance) -> Tree:
-    trained, name = source.trained, source.name
-    grams = collect.gram(
-        trained.model,
-        trained.experts[name],
-        source.batches,
-        mask=bodies.mask(trained.model),
-        progress=advance,
-    )
-    return traverse_util.unflatten_dict(grams, sep="/")
+def _norm_square(source: Source, advance: Advance) -> collect.Statistics:
+    return _of_inputs(collect.norm_square, source, advance)
 
 
-def _norm_square(source: Source, advance: Advance) -> Tree:
-    trained, name = source.trained, source.name
-    found = collect.norm_square(
-        trained.model,
-        trained.experts[name],
-        source.batches,
-        mask=bodies.mask(trained.model),
-        progress=advance,
-    )
-    return traverse_util.unflatten_dict(found, sep="/")
+def _of_inputs(collector: Any, source: Source, advance: Advance) -> collect.Statistics:
+    model, expert = source.trained.model, source.trained.experts[source.name]
+    return collector(model, expert, source.batches, mask=bodies.mask(model), progress=advance)
 
 
 COLLECTORS = {

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 from mergejax.collect import fisher
 
@@ -158,12 +158,13 @@ def test_network_equals_one_gradient_per_example_and_class(data):
     found = fisher(
         model, params, batched(inputs, size=8), progress=lambda *call: calls.append(call)
     )
-    assert jax.tree.structure(found) == jax.tree.structure(params)
-    jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-4), found, expected)
+    expected = traverse_util.flatten_dict(expected, sep="/")
+    assert set(found) == set(expected)
+    close(found, expected)
     assert calls == [(1, 3, "fisher"), (2, 3, "fisher"), (3, 3, "fisher")]
     compiled = jax.jit(lambda params, x: model.apply({"params": params}, x))
     again = fisher(compiled, params, (batch for batch in batched(inputs, size=21)))
-    jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-4), again, expected)
+    close(again, expected)
 
 
 def test_nnx_model_and_state_equal_linen(data):
@@ -179,11 +180,11 @@ def test_nnx_model_and_state_equal_linen(data):
         fisher(model, state, [inputs]),
         fisher(lambda params, x: nnx.merge(graph, params)(x), state, [inputs]),
     ):
-        assert jax.tree.structure(found) == jax.tree.structure(state)
-        close({name: found[name].get_value() for name in expected}, expected)
+        assert set(found) == set(expected)
+        close(found, expected)
 
 
-def test_low_precision_parameters_give_float32_and_integers_give_zero(data):
+def test_low_precision_parameters_give_float32_and_integers_have_none(data):
     params, inputs, _ = data
     low = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
     found = fisher(
@@ -193,8 +194,7 @@ def test_low_precision_parameters_give_float32_and_integers_give_zero(data):
     )
     rounded = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), low)
     close(found, restated(rounded, 1e-3 * inputs), rtol=0.05)
-    assert found["steps"].dtype == jnp.float32
-    assert (found["steps"] == 0).all()
+    assert "steps" not in found
 
 
 def test_at_most_one_more_compilation_for_the_last_batch(data):
@@ -255,7 +255,7 @@ def not_finite(params, batch):
         (logits, {"mask": lambda b: np.full(21, np.nan)}, "with values from nan"),
         (wrong_shape, {}, r"gives \(21,\) for 21 examples, expected logits"),
         (lambda p, b: (logits(p, b),), {}, "gives tuple for 21 examples, expected logits"),
-        (not_finite, {}, "squared gradients of 'bias', 'kernel' are not finite"),
+        (not_finite, {}, "squared gradients of 2 of 2 layers are not finite, the first is 'bias'"),
     ],
 )
 def test_what_cannot_be_collected_is_said(data, function, options, words):

@@ -1,14 +1,30 @@
 """Safetensors files of a format of this library, written whole and read with their version."""
 
+import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.numpy
 
 from mergejax.errors import MergeError
+
+
+def digest(arrays: Mapping[str, Any], *texts: str) -> str:
+    """The SHA-256 of arrays with their names, shapes and types, and of texts, as digits.
+
+    Arrays are asked for one by one, so a mapping may read them.
+    """
+    found = hashlib.sha256(json.dumps(texts).encode())
+    for name in sorted(arrays):
+        x = np.ascontiguousarray(arrays[name])
+        found.update(json.dumps([name, list(x.shape), str(x.dtype)]).encode())
+        found.update(x.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def write(path: str | os.PathLike[str], arrays: dict[str, Any], header: dict[str, str]) -> None:

@@ -1,18 +1,26 @@
 """Collectors: statistics of a model on data, keyed by leaf name, that some methods need."""
 
+from mergejax.collect.files import load, save
 from mergejax.collect.fisher import block_fisher, fisher
-from mergejax.collect.gram import gram
+from mergejax.collect.gram import gram, gram_sums
 from mergejax.collect.joint import joint_gram
 from mergejax.collect.masks import localize
 from mergejax.collect.norms import norm_square
 from mergejax.collect.outputs import output_gram
+from mergejax.collect.statistics import Statistics, add, means
 
 __all__ = [
+    "Statistics",
+    "add",
     "block_fisher",
     "fisher",
     "gram",
+    "gram_sums",
     "joint_gram",
+    "load",
     "localize",
+    "means",
     "norm_square",
     "output_gram",
+    "save",
 ]

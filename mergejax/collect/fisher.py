@@ -10,9 +10,10 @@ import numpy as np
 
 from mergejax.collect.labels import check
 from mergejax.collect.per_example import floating, mean_over_examples
+from mergejax.collect.statistics import Statistics
 from mergejax.collect.streaming import Mask, Progress, as_function
 from mergejax.errors import MergeError, raise_all
-from mergejax.leaves import name_of, unmatched
+from mergejax.leaves import unmatched
 
 
 def fisher(
@@ -26,7 +27,7 @@ def fisher(
     key: jax.Array | None = None,
     microbatch: int = 8,
     progress: Progress | None = None,
-) -> Any:
+) -> Statistics:
     """Diagonal of the Fisher information of a classifier, one number per parameter.
 
     With p = softmax(logits) and the gradient of one example's log p_c(x_n), squared before any
@@ -60,7 +61,9 @@ def fisher(
             `batches` has no length.
 
     Returns:
-        A tree like `params` of float32 arrays, all at least 0; F has the unit of 1 / parameter².
+        {leaf name: F float32 of the leaf's shape, at least 0, in the unit of 1 / parameter²}, of
+        the leaves with a gradient; a dictionary that knows the number of its examples
+        (`mj.collect.Statistics`).
 
     Raises:
         MergeError: an unknown estimator, a missing key or labels, no batch, labels out of range,
@@ -76,7 +79,7 @@ def fisher(
     """
     check("fisher", estimator, key, labels, microbatch)
     function, params = as_function(model, params)
-    found = mean_over_examples(
+    return mean_over_examples(
         "fisher",
         jnp.square,
         list(floating(params)),
@@ -87,12 +90,6 @@ def fisher(
         mask,
         microbatch,
         progress,
-    )
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    # An integer leaf has no gradient.
-    return jax.tree.unflatten(
-        structure,
-        [found.get(name_of(path), jnp.zeros(jnp.shape(x), jnp.float32)) for path, x in leaves],
     )
 
 
@@ -109,7 +106,7 @@ def block_fisher(
     exclude: str | Sequence[str] = (),
     microbatch: int = 8,
     progress: Progress | None = None,
-) -> dict[str, jax.Array]:
+) -> Statistics:
     r"""The whole Fisher information of every small leaf: which of its elements act together.
 
     .. math:: F=\frac1N\sum_n\sum_c p_c(x_n)\,g_{nc}g_{nc}^\top,\qquad

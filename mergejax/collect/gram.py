@@ -1,36 +1,17 @@
 """Gram matrices of the inputs of a model's layers."""
 
-import re
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 
-from mergejax.collect.rows import input_rows, refusal
-from mergejax.collect.streaming import (
-    Function,
-    Mask,
-    Progress,
-    as_function,
-    length,
-    nnx_parts,
-    row_weights,
-    total,
-)
-from mergejax.collect.taps import tap_linen, tap_nnx
-from mergejax.errors import MergeError, raise_all, some
-from mergejax.leaves import name_of, unmatched
-
-_LEAKS = (
-    jax.errors.UnexpectedTracerError,
-    flax.errors.JaxTransformError,
-    flax.errors.TraceContextError,
-)
+from mergejax.collect import layers
+from mergejax.collect.layers import Measurement, RowMask, Rows, Sums
+from mergejax.collect.rows import KERNELS, input_rows, refusal
+from mergejax.collect.statistics import Statistics, means
+from mergejax.collect.streaming import Mask, Progress
 
 
 def gram(
@@ -40,8 +21,9 @@ def gram(
     *,
     mask: Mask | None = None,
     exclude: str | Sequence[str] = (),
+    row_mask: RowMask | None = None,
     progress: Progress | None = None,
-) -> dict[str, jax.Array]:
+) -> Statistics:
     """Mean Gram matrix of the inputs of every layer with a kernel, without changing the model.
 
     For a layer y = x W + b, G = Σ_r w_r x_rᵀ x_r / Σ_r w_r over all rows r (tokens, pixels) of all
@@ -68,11 +50,16 @@ def gram(
             for layers whose rows have these axes; layers that see fewer axes (pooled ones) take
             the largest weight over the missing ones.
         exclude: regular expressions (`re.search` on leaf names) of kernels to leave out.
+        row_mask: (leaf name, inputs) -> weights of its rows from their values, or None for all
+            rows: for the experts of a mixture, whose buffers are padded,
+            `lambda name, x: (x != 0).any(-1) if 'experts' in name else None`. An expert that got no
+            row has a Gram matrix of zeros, which leaves its weights to the average.
         progress: called as progress(done, total, 'gram') after each batch; total is 0 where
             `batches` has no length.
 
     Returns:
-        {leaf name of the kernel ('block/dense/kernel'): G [in, in] float32, symmetric}.
+        {leaf name of the kernel ('block/dense/kernel'): G [in, in] float32, symmetric}, a
+        dictionary that knows its rows (`mj.collect.Statistics`).
 
     Raises:
         MergeError: no batch; a layer with an input that is not finite; a kernel that got no Gram
@@ -90,129 +77,59 @@ def gram(
 
     Source: RegMean, 2023, arXiv:2212.09849.
     """
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    if isinstance(model, nnx.Module):
-        make, (build, params) = _nnx_statistic, nnx_parts(model, params)
-        function = Function(build, False)
-    else:
-        make, (function, params) = _linen_statistic, as_function(model, params)
-    raise_all([f"gram: {problem}" for problem in unmatched(exclude, list(shapes_of(params)))])
-    items = ((batch, row_weights(mask, batch, "gram")) for batch in batches)
-    try:
-        sums = total(make, function, (exclude,), params, items, length(batches), (progress, "gram"))
-    except _LEAKS as error:
-        raise MergeError(
-            "gram: a layer runs inside a JAX transform (jax.vmap, jax.checkpoint, jax.lax.scan); "
-            "call the model on whole batches, with Flax's own nn.remat, nn.scan, nnx.remat, ..."
-        ) from error
-    return means("gram", "inputs", sums)
+    found = layers.sums(GRAM, model, params, batches, mask, exclude, row_mask, progress)
+    return means("gram", symmetric(found), idle=row_mask is not None)
 
 
-def _linen_statistic(function, exclude):
-    return lambda params, item: _measured(tap_linen, function, exclude, params, *item)
+def gram_sums(
+    model: Any,
+    params: Any,
+    batch: Any,
+    weights: Any = None,
+    *,
+    exclude: Sequence[str] = (),
+    row_mask: RowMask | None = None,
+) -> Sums:
+    r"""What `gram` adds up, of one batch: a pure function to run under your own transforms.
+
+    .. math:: \Big(\sum_rw_rx_r^\top x_r,\ \sum_rw_r\Big)
+
+    Args:
+        model: as for `gram`.
+        params: as for `gram`; traced, for instance.
+        batch: one batch, or a device's share of it.
+        weights: of its rows, as `mask` gives them, or None.
+        exclude: as for `gram`.
+        row_mask: as for `gram`.
+
+    Returns:
+        {leaf name: (Σ w xᵀx [in, in] float32, Σ w)}, to be added over batches and devices, by
+        `jax.lax.psum` inside `jax.shard_map`, and made `mj.collect.means('gram', sums)`.
+
+    Raises:
+        MergeError: what `gram` says of the model and the mask.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> params = {'kernel': jnp.ones((2, 3)), 'bias': jnp.zeros(3)}
+        >>> sums = jax.jit(lambda p, x: gram_sums(nn.Dense(3), p, x))(params, jnp.eye(2))
+        >>> means('gram', sums)['kernel'].tolist()
+        [[0.5, 0.0], [0.0, 0.5]]
+    """
+    return layers.sums_of_batch(GRAM, model, params, batch, weights, exclude, row_mask)
 
 
-def _nnx_statistic(build, exclude):
-    return lambda params, item: _measured(tap_nnx, build, exclude, params, *item)
+def products(rows: Rows) -> jax.Array:
+    """Σ w xᵀx [features, features] at the highest precision of float32."""
+    return jnp.matmul(rows.weighted.T, rows.values, precision=lax.Precision.HIGHEST)
 
 
-def _measured(tap, function, exclude, params, batch, weights):
-    """{leaf name: (Σ w xᵀx, Σ w)} of one batch, in the order of the calls."""
-    problems: list[str] = []
-
-    def measure(layer, name, inputs):
-        if any(re.search(pattern, name) for pattern in exclude):
-            return None
-        if reason := refusal(layer):
-            problems.append(
-                f"gram: layer '{name}' {reason}, which one Gram matrix cannot describe; "
-                f"leave it out with exclude=('{name}',)"
-            )
-            return None
-        return products("gram", name, input_rows(layer, inputs), weights)
-
-    found, _ = tap(function, params, batch, measure)
-    raise_all(problems or missing("gram", params, exclude, found))
-    return OrderedDict(found)  # JAX sorts the keys of other dictionaries
+GRAM = Measurement("gram", KERNELS, input_rows, products, refusal)
 
 
-def shapes_of(params: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of all leaves, by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {name_of(path): jnp.shape(leaf) for path, leaf in leaves}
-
-
-def products(
-    caller: str, name: str, rows: jax.Array, weights: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """(Σ w xᵀx [in, in], Σ w []) of rows [..., in]."""
-    x = rows.astype(jnp.float32)
-    if weights is None:
-        count = jnp.float32(x.size // x.shape[-1])
-        x = weighted = x.reshape(-1, x.shape[-1])
-    else:
-        shape = x.shape[:-1]
-        common = min(weights.ndim, len(shape))
-        if common == 0 or weights.shape[:common] != shape[:common]:
-            raise MergeError(
-                f"{caller}: mask(batch) has shape {weights.shape} and the rows of '{name}' have "
-                f"{shape}; give weights whose axes are the first axes of the rows"
-            )
-        # A pooled row stands for an example that counts if any of its tokens does.
-        weights = weights.max(axis=tuple(range(common, weights.ndim)))
-        weights = weights.reshape(*weights.shape, *[1] * (len(shape) - common))
-        w = jnp.broadcast_to(weights, shape).reshape(-1, 1)
-        # Where, not a product: padding may hold anything, NaN included.
-        x = jnp.where(w > 0, x.reshape(-1, x.shape[-1]), 0)
-        weighted, count = x * w, w.sum()
-    return jnp.matmul(weighted.T, x, precision=lax.Precision.HIGHEST), count
-
-
-def missing(
-    caller: str, params: Any, exclude: Sequence[str], found: Mapping[str, Any]
-) -> list[str]:
-    """What is wrong where kernels were not seen."""
-    if not found:
-        return [
-            f"{caller}: no Dense, DenseGeneral or Conv layer was seen; pass a linen or NNX "
-            "model, or a function that calls linen modules and was not compiled by jax.jit before"
-        ]
-    kernels = [
-        name
-        for name, shape in shapes_of(params).items()
-        if name.split("/")[-1] == "kernel" and len(shape) > 1
-    ]
-    unseen = [
-        name
-        for name in kernels
-        if name not in found and not any(re.search(pattern, name) for pattern in exclude)
-    ]
-    if not unseen:
-        return []
-    return [
-        f"{caller}: nothing was seen of {some(unseen)}: the layer was not called, is of a kind "
-        "without a Gram matrix, or runs in a function that jax.jit compiled before; call it "
-        f"uncompiled, or leave it out with exclude=('{unseen[0]}',)"
-    ]
-
-
-def means(
-    caller: str, what: str, sums: Mapping[str, tuple[jax.Array, jax.Array]]
-) -> dict[str, jax.Array]:
-    """The symmetric means of products over rows, checked."""
-    broken = [name for name, (products, _) in sums.items() if not jnp.isfinite(products).all()]
-    if broken:
-        raise MergeError(
-            f"{caller}: the {what} of {len(broken)} of {len(sums)} layers are not finite, the "
-            f"first is '{broken[0]}'; check the data and the expert's parameters"
-        )
-    empty = [name for name, (_, count) in sums.items() if not (count > 0).all()]
-    if empty:
-        raise MergeError(
-            f"{caller}: every row of {some(empty)} has weight 0; give batches with unmasked rows"
-        )
-    means = {}
-    for name, (products, count) in sums.items():
-        mean = products / count[..., None, None]
-        means[name] = (mean + jnp.swapaxes(mean, -1, -2)) / 2
-    return means
+def symmetric(matrices: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Products that are symmetric up to roundings, to the bit."""
+    return {
+        name: ((matrix + jnp.swapaxes(matrix, -1, -2)) / 2, count)
+        for name, (matrix, count) in matrices.items()
+    }

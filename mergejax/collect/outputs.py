@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mergejax.collect.gram import means, missing, products, shapes_of
+from mergejax.collect.gram import products, symmetric
 from mergejax.collect.labels import check, cotangents, labelled
+from mergejax.collect.layers import missing, shapes_of, weighted_rows
 from mergejax.collect.rows import refusal
+from mergejax.collect.statistics import Statistics, means
 from mergejax.collect.streaming import (
     Function,
     Mask,
@@ -42,7 +44,7 @@ def output_gram(
     key: jax.Array | None = None,
     exclude: str | Sequence[str] = (),
     progress: Progress | None = None,
-) -> dict[str, jax.Array]:
+) -> Statistics:
     r"""Mean Gram matrix of the gradients at the outputs of every layer with a kernel.
 
     .. math:: B=\sum_rw_r\sum_cp_c(x_{n(r)})\,g_{rc}^\top g_{rc}\,/\,\sum_rw_r,\qquad
@@ -106,7 +108,7 @@ def output_gram(
     )
     options = (tap, estimator, exclude)
     sums = total(_statistic, function, options, params, items, length(batches), (progress, CALLER))
-    return means(CALLER, "output gradients", sums)
+    return means(CALLER, symmetric(sums), "output gradients")
 
 
 def _statistic(function, tap, estimator, exclude):
@@ -200,8 +202,9 @@ def _forward(place, output, sums, weights):
 def _backward(place, weights, gradient):
     name, axes = place
     rows = gradient.reshape(*gradient.shape[: gradient.ndim - axes], -1)
+    weighted = weighted_rows(CALLER, name, rows, weights)
     unmoved = None if weights is None else jnp.zeros_like(weights)
-    return gradient, products(CALLER, name, rows, weights), unmoved
+    return gradient, (products(weighted), weighted.weight), unmoved
 
 
 _probe.defvjp(_forward, _backward)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from mergejax.collect.labels import cotangents, labelled
+from mergejax.collect.statistics import Statistics, means
 from mergejax.collect.streaming import Function, Mask, Progress, length, total
-from mergejax.errors import MergeError, some
+from mergejax.errors import MergeError
 from mergejax.leaves import name_of
 
 
@@ -23,7 +24,7 @@ def mean_over_examples(
     mask: Mask | None,
     microbatch: int,
     progress: Progress | None,
-) -> dict[str, jax.Array]:
+) -> Statistics:
     """1/Σw Σ_n w_n Σ_v form(∂ leaf of vᵀ logits(x_n)) for the named leaves of params.
 
     Args:
@@ -53,13 +54,7 @@ def mean_over_examples(
     )
     if not count > 0:
         raise MergeError(f"{caller}: every example has weight 0; give batches with unmasked ones")
-    broken = [name for name in names if not jnp.isfinite(sums[name]).all()]
-    if broken:
-        raise MergeError(
-            f"{caller}: squared gradients of {some(broken)} are not finite; check the data and the "
-            "expert's parameters"
-        )
-    return {name: sums[name] / count for name in names}
+    return means(caller, {name: (sums[name], count) for name in names}, "squared gradients")
 
 
 def floating(params: Any) -> dict[str, Any]:

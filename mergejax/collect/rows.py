@@ -10,10 +10,19 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-LINEN_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
-NNX_LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv)
+KERNELS = (nn.Dense, nn.DenseGeneral, nn.Conv, nnx.Linear, nnx.LinearGeneral, nnx.Conv)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nnx.LayerNorm, nnx.RMSNorm)
+BATCH_NORMS = (nn.BatchNorm, nnx.BatchNorm)
+EMBEDDINGS = (nn.Embed, nnx.Embed)
 GENERAL = (nn.DenseGeneral, nnx.LinearGeneral)
 CONVOLUTION = (nn.Conv, nnx.Conv)
+
+
+def leaf_of(layer: Any) -> str | None:
+    """The parameter that a layer is named after; None for a norm without a scale."""
+    if isinstance(layer, NORMS + BATCH_NORMS):
+        return "scale" if layer.use_scale else None
+    return "embedding" if isinstance(layer, EMBEDDINGS) else "kernel"
 
 
 def refusal(layer: Any) -> str | None:

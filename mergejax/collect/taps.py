@@ -18,18 +18,19 @@ from flax import nnx, traverse_util
 from flax.core.scope import in_filter, union_filters
 from flax.linen import module as linen
 
-from mergejax.collect.rows import LINEN_LAYERS, NNX_LAYERS
+from mergejax.collect.rows import KERNELS, leaf_of
 from mergejax.errors import MergeError, some
 from mergejax.leaves import name_of
 
-# (layer, leaf name of its kernel, inputs) -> arrays to be summed, or None to pass the layer over
+# (layer, leaf name of its parameter, inputs) -> arrays to be summed, or None to pass it over
 Measure = Callable[[Any, str, jax.Array], Any]
-# (layer, leaf name of its kernel, outputs) -> what the model goes on with
+# (layer, leaf name of its parameter, outputs) -> what the model goes on with
 Probe = Callable[[Any, str, jax.Array], jax.Array]
 Function = Callable[[Any, Any], Any]
 
 KEY = "mergejax_measured"
 TAP = "mergejax_tap"
+LEAVES = ("kernel", "scale", "embedding")  # a layer has one of them, and is named after it
 COLLECTION = "intermediates"  # the one that models list in nn.scan(variable_axes=...)
 _fresh = itertools.count()
 
@@ -55,23 +56,28 @@ def unchanged(layer: Any, name: str, output: jax.Array) -> jax.Array:
 
 
 def tap_linen(
-    function: Function, params: Any, batch: Any, measure: Measure, probe: Probe = unchanged
+    function: Function,
+    params: Any,
+    batch: Any,
+    measure: Measure,
+    probe: Probe = unchanged,
+    kinds: tuple[type, ...] = KERNELS,
 ) -> tuple[dict[str, Any], Any]:
-    """Runs function(params, batch) and measures the inputs of every linen layer.
+    """Runs function(params, batch) and measures the inputs of every linen layer of these kinds.
 
-    A layer is named after its kernel's place in `params`: the arrays that reach `Module.apply`
+    A layer is named after its parameter's place in `params`: the arrays that reach `Module.apply`
     are recognised by identity, so the function may hand on any part of `params`.
 
     Returns:
         The sums of what was measured, by leaf name, in the order of the calls; the outputs.
     """
     run = _Run({id(leaf): name_of(path) for path, leaf in _leaves(params)}, [], {}, {}, {})
-    intercepted = nn.intercept_methods(_interceptor(run, measure, probe))
+    intercepted = nn.intercept_methods(_interceptor(run, measure, probe, kinds))
     with intercepted, _replaced(linen, "apply", _collecting(run, linen.apply)):
         output = function(params, batch)
     if run.lost:
         raise MergeError(
-            f"gram: {some(list(run.lost))} run inside nn.scan or nn.vmap that passes nothing out; "
+            f"{some(list(run.lost))} run inside nn.scan or nn.vmap that passes nothing out; "
             f"add '{COLLECTION}': 0 to its variable_axes, or unroll the layers"
         )
     return _ordered(run.sums, run.calls), output
@@ -95,7 +101,8 @@ def _collecting(run: _Run, original: Callable[..., Any]) -> Callable[..., Any]:
                 run.frames.pop()
             for path, value in traverse_util.flatten_dict(state.get(COLLECTION, {})).items():
                 if path[-1] == KEY:
-                    name = frame[_kernel(path[:-1])]
+                    places = ("/".join([*path[:-1], leaf]) for leaf in LEAVES)
+                    name = next(frame[place] for place in places if place in frame)
                     run.sums[name] = _add(run.sums.get(name), value)
             rest = {key: value for key, value in state.items() if in_filter(mutable, key)}
             return output if mutable is False else (output, rest)
@@ -105,12 +112,16 @@ def _collecting(run: _Run, original: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-def _interceptor(run: _Run, measure: Measure, probe: Probe) -> Callable[..., Any]:
+def _interceptor(
+    run: _Run, measure: Measure, probe: Probe, kinds: tuple[type, ...]
+) -> Callable[..., Any]:
     def intercept(call, args, kwargs, context):
         layer: Any = context.module
-        if context.method_name != "__call__" or not isinstance(layer, LINEN_LAYERS):
+        tapped = context.method_name == "__call__" and isinstance(layer, kinds)
+        leaf = leaf_of(layer) if tapped else None
+        if leaf is None:
             return call(*args, **kwargs)
-        local = _kernel(layer.path)
+        local = "/".join([*layer.path, leaf])
         name = run.frames[-1].get(local, "") if run.frames else ""
         before = run.calls.get(name)
         output = call(*args, **kwargs)
@@ -119,7 +130,7 @@ def _interceptor(run: _Run, measure: Measure, probe: Probe) -> Callable[..., Any
             return output
         if not name:
             raise MergeError(
-                f"gram: the kernel of layer '{local}' is no leaf of params; hand the leaves "
+                f"'{local}' is no leaf of params; hand the leaves "
                 "of params unchanged to Module.apply (cast or transform them before)"
             )
         run.calls[name] = run.calls.get(name, 0) + 1
@@ -139,19 +150,23 @@ def tap_nnx(
     batch: Any,
     measure: Measure,
     probe: Probe = unchanged,
+    kinds: tuple[type, ...] = KERNELS,
 ) -> tuple[dict[str, Any], Any]:
-    """Runs the NNX model build(params) on the batch and measures the inputs of every layer.
+    """Runs the NNX model build(params) on the batch and measures its layers of these kinds.
 
     Returns:
         The sums of what was measured, by leaf name, in the order of the calls; the outputs.
     """
     model = build(params)
     calls: dict[str, None] = {}
+    names: dict[Any, str] = {}
     fresh = next(_fresh)
     for path, module in nnx.iter_modules(model):
         # Static, so it survives the split and merge of nnx transforms; the number is new in
         # every call: nnx.jit then never replays an older trace.
-        setattr(module, TAP, (_kernel(path), fresh))
+        if isinstance(module, kinds) and leaf_of(module) is not None:
+            names[path] = "/".join([*map(str, path), str(leaf_of(module))])
+            setattr(module, TAP, (names[path], fresh))
 
     def tapped(original):
         @functools.wraps(original)
@@ -167,11 +182,11 @@ def tap_nnx(
         return call
 
     with contextlib.ExitStack() as stack:
-        for layer in NNX_LAYERS:
+        for layer in (kind for kind in kinds if issubclass(kind, nnx.Module)):
             stack.enter_context(_replaced(layer, "__call__", tapped(layer.__call__)))
         output = model(batch)
     state = nnx.to_flat_state(nnx.pop(model, Measured))
-    sums = {_kernel(path[:-1]): value.get_value() for path, value in state}
+    sums = {names[path[:-1]]: value.get_value() for path, value in state}
     return _ordered(sums, calls), output
 
 
@@ -191,12 +206,8 @@ def _leaves(tree: Any) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_leaves_with_path(tree)
 
 
-def _kernel(path: Any) -> str:
-    return "/".join([*map(str, path), "kernel"])
-
-
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
-    return jnp.asarray(args[0] if args else kwargs["inputs"])
+    return jnp.asarray(args[0] if args else kwargs.get("inputs", kwargs.get("x")))
 
 
 def _add(total: Any, value: Any) -> Any:

@@ -1,6 +1,5 @@
 """Packed deltas in safetensors files, tied to the base that they belong to."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -24,21 +23,12 @@ def fingerprint(base: Tree) -> str:
         'b9362c06'
     """
     leaves, _ = leaves_by_name(base, "the base")
-    return _digest(leaves)
-
-
-def _digest(arrays: dict[str, Any], *texts: str) -> str:
-    digest = hashlib.sha256(json.dumps(texts).encode())
-    for name in sorted(arrays):
-        x = np.ascontiguousarray(arrays[name])
-        digest.update(json.dumps([name, list(np.shape(arrays[name])), str(x.dtype)]).encode())
-        digest.update(x.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    return tagged.digest(leaves)
 
 
 def _content(arrays: dict[str, Any], header: Mapping[str, str]) -> str:
     told = (header.get(field, "") for field in ("method", "experts", "leaves", "stacks", "base"))
-    return _digest(arrays, *told)
+    return tagged.digest(arrays, *told)
 
 
 def save(path: str | os.PathLike[str], packed: Packed, base: Tree) -> None:

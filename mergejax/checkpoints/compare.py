@@ -14,8 +14,6 @@ from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.safetensors import Tensor
 
 _QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|SCB|weight_scale(_inv)?|absmax|quant_state.*)$")
-_OUTPUT = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight")
 _SAMPLE = 4096  # bytes of each tensor that are compared first
 
 
@@ -160,21 +158,6 @@ def type_warnings(base: Model | None, experts: Sequence[Model]) -> list[str]:
     return lines
 
 
-def stored_twice(model: Model) -> list[str]:
-    """A warning about an output that the configuration ties to an embedding, if both are stored."""
-    if not model.config.get("tie_word_embeddings") or _OUTPUT not in model.tensors:
-        return []
-    shape = model.tensors[_OUTPUT].shape
-    twins = [name for name in model.tensors if name.endswith(_EMBEDDINGS)]
-    return [
-        f"'{model.name}' ties '{_OUTPUT}' to '{name}' and stores both; they are merged as two "
-        "tensors and count twice in whole-model numbers, and random masks make them differ; "
-        "leave one out of its files"
-        for name in twins[:1]
-        if model.tensors[name].shape == shape
-    ]
-
-
 def doubles(base: Model | None, experts: Sequence[Model]) -> tuple[list[str], list[str]]:
     """Experts that are one and the same (problems), and experts equal to the base (warnings)."""
     problems, warnings = [], []
@@ -195,14 +178,23 @@ def doubles(base: Model | None, experts: Sequence[Model]) -> tuple[list[str], li
 
 def _equal(a: Model, b: Model, files: Files) -> bool:
     """Whether two models hold the same values: a sample tells nearly always, else all is read."""
-    kinds = [{n: (t.shape, t.dtype) for n, t in model.tensors.items()} for model in (a, b)]
-    if kinds[0] != kinds[1]:
+    return a.tensors.keys() == b.tensors.keys() and _all_same(
+        [(tensor, b.tensors[name]) for name, tensor in a.tensors.items()], files
+    )
+
+
+def same_values(a: Tensor, b: Tensor, files: Files) -> bool:
+    """Whether two tensors hold the same values."""
+    return _all_same([(a, b)], files)
+
+
+def _all_same(pairs: Sequence[tuple[Tensor, Tensor]], files: Files) -> bool:
+    if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in pairs):
         return False
     for length in (_SAMPLE, None):
-        for name, tensor in a.tensors.items():
-            count = tensor.bytes if length is None else min(length, tensor.bytes)
-            other = b.tensors[name]
-            if not _same_product(tensor, other) or not _same_bytes(tensor, other, count, files):
+        for a, b in pairs:
+            count = a.bytes if length is None else min(length, a.bytes)
+            if not _same_product(a, b) or not _same_bytes(a, b, count, files):
                 return False
     return True
 

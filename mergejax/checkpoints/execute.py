@@ -166,7 +166,7 @@ def _run(
             memory.keep(part, outcome.digests)
         if not runner.broken.is_set():
             yield part, outcome
-    types = {work.info.name: work.target.dtype for work, _ in parts}
+    types = {work.info.name: work.dtype for work, _ in parts}
     raise_all([_non_finite(*place, n, types[place[0]]) for place, n in bad.items()])
 
 
@@ -229,5 +229,5 @@ def verify(works: Sequence[Work], runner: Runner, memory: Memory, threads: int) 
     parts = parts_of(works)
     for part, written in in_order(lambda part: runner.written(*part), parts, threads):
         if memory.done[key_of(part)] != written:
-            target = part[0].target.path.name
+            target = part[0].targets[0].path.name
             raise OSError(f"{target} does not hold what was written for leaf '{part[0].info.name}'")

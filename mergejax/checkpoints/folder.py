@@ -31,6 +31,7 @@ class Model:
         config: the model's configuration, empty where it has none.
         sides: small files beside the weights that a copy of the model needs, by name.
         texts: what stands in the result instead of some of them, or beside them.
+        twins: tensors that repeat another one, which alone is in `tensors`, by its name.
         warnings: what looks odd but can be read.
     """
 
@@ -41,6 +42,7 @@ class Model:
     sides: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    twins: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes(self) -> int:

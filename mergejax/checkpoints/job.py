@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mergejax import errors
-from mergejax.checkpoints import adapters, compare, folder, hub, output
+from mergejax.checkpoints import adapters, compare, folder, hub, output, tied
 from mergejax.checkpoints.compare import Finding
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.request import FLOATS, Request, show_size
@@ -129,13 +129,18 @@ def open_models(request: Request, problems: Problems) -> list[Any]:
         if path is None:
             models.append(None)
         elif not adapters.is_adapter(path):
-            models.append(problems.attempt(folder.open_model, path, name))
+            first = models[0] if models else None
+            models.append(problems.attempt(_opened, path, name, first))
         elif request.base is not None and models[:1] == [None]:
             models.append(None)  # its base cannot be opened, which has been said
         else:
             base = models[0] if models and request.base is not None else None
             models.append(problems.attempt(adapters.open_adapter, path, name, base))
     return models
+
+
+def _opened(path: pathlib.Path, name: str, reference: Model | None) -> Model:
+    return tied.as_one(folder.open_model(path, name), reference)
 
 
 def _missing(request: Request, models: Sequence[Any]) -> bool:
@@ -168,8 +173,7 @@ def _look_at_values(
     problems.findings += compare.differing_buffers(base, experts, integers)
     if base is not None:
         warnings += compare.sentences(compare.transposed(base, experts))
-    tied = compare.stored_twice(reference)
-    return [*compare.type_warnings(base, experts), *tied, *warnings]
+    return [*compare.type_warnings(base, experts), *warnings]
 
 
 def target_problems(request: Request) -> list[str]:
@@ -255,6 +259,7 @@ def _plan(
         name: (out_type if out_type and compare.is_float(t.dtype) else t.dtype, t.shape)
         for name, t in reference.tensors.items()
     }
+    types |= {twin: types[name] for twin, name in reference.twins.items()}
     several = request.format == "safetensors"
     files = output.shards(types, request.shard_size if several else 2**63)
     recipe = make_recipe(request, base, experts, method, reads_base)

@@ -225,7 +225,7 @@ def _result_hash(works: Sequence[Work], done: Mapping[Any, Sequence[str]]) -> st
         work.info.name: [d for part in work.parts() for d in done[work.info.name, part[0]]]
         for work in works
     }
-    return output.content_hash({work.info.name: work.target for work in works}, chunks)
+    return output.content_hash({work.info.name: work.targets[0] for work in works}, chunks)
 
 
 def _is_done(job: Job) -> bool:

@@ -37,7 +37,7 @@ class Work:
         info: what is known about the leaf.
         tensors: where its values lie: the base's, if it is read, then the experts'.
         owners: whose the tensors are, in words.
-        target: where the merged values go.
+        targets: where the merged values go; to several places for tied weights.
         blocks: whether it runs in pieces.
         program: its stages, its `Leaf` without values, its own numbers; None for a copied leaf.
         rounds: what is measured over this leaf alone, before anything else.
@@ -46,10 +46,15 @@ class Work:
     info: LeafInfo
     tensors: Sequence[Tensor]
     owners: Sequence[str]
-    target: Tensor
+    targets: Sequence[Tensor]
     blocks: bool
     program: tuple[Any, Leaf, Any] | None
     rounds: Sequence[Due] = ()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the merged values."""
+        return self.targets[0].dtype
 
     @property
     def length(self) -> int:
@@ -69,7 +74,7 @@ class Outcome(NamedTuple):
     Attributes:
         found: what was measured, summed over the part, or None.
         digests: of the inputs' chunks, for each model, if they were asked for.
-        written: digests of the output's chunks.
+        written: digests of the output's chunks, for each target.
         non_finite: (owner, count) of values that are NaN or infinite; the result's owner is ''.
     """
 
@@ -175,7 +180,8 @@ class Runner:
         seen = {**seen, **self._own.get(work.info.name, {})}
         found = self._sweep(work, part, seen, due, fresh, bad, hashers)
         digests = [_digests(hashers, i) for i in range(len(work.tensors))]
-        return Outcome(found, digests if asked else [], _digests(hashers, _OUTPUT), bad)
+        written = _digests(hashers, _OUTPUT) * len(work.targets)
+        return Outcome(found, digests if asked else [], written, bad)
 
     def _solve(self, work: Work, path: str, totals: Sequence[Any]) -> Any:
         assert work.program is not None
@@ -238,20 +244,21 @@ class Runner:
         values = [x.astype(np.float32) if x.dtype == np.float64 else x for x in values]
         leaf = leaf.replace(start=start_of(start), base=values[0] if self._has_base else None)
         experts = values[1:] if self._has_base else values
-        dtype = jax.dtypes.canonicalize_dtype(work.target.dtype)
+        dtype = jax.dtypes.canonicalize_dtype(work.dtype)
         return _program(
             placed, leaf, experts, self._names, self._seed, seen, local, due=due, dtype=dtype
         )
 
     def _write(self, work: Work, start: int, result: Any, hashers: dict, bad: list) -> list:
-        merged = np.asarray(result).reshape(-1).astype(work.target.dtype, copy=False)
+        merged = np.asarray(result).reshape(-1).astype(work.dtype, copy=False)
         changed = work.program is not None or work.tensors[0].dtype != merged.dtype
         if changed and not files.is_finite(merged, self._buffers.take("scratch", merged.nbytes)):
             self.broken.set()
             return [] if bad else [("", files.count_non_finite(merged))]
         _feed(hashers, _OUTPUT, start, merged)
-        place = section(work.target, start, start + merged.size)
-        self.outputs.write_from(place.path, place.offset, merged.view(np.uint8).data)
+        for target in work.targets:
+            place = section(target, start, start + merged.size)
+            self.outputs.write_from(place.path, place.offset, merged.view(np.uint8).data)
         return []
 
     def digests_of(self, work: Work, part: tuple[int, int]) -> list[list[str]]:
@@ -264,8 +271,8 @@ class Runner:
 
     def written(self, work: Work, part: tuple[int, int]) -> list[str]:
         """The digests of what lies on the disk where a part was written."""
-        chunks = ranges(*part, CHUNK)
-        return [self._hash(section(work.target, *chunk)) for chunk in chunks]
+        chunks = list(ranges(*part, CHUNK))
+        return [self._hash(section(t, *chunk)) for t in work.targets for chunk in chunks]
 
     def _hash(self, tensor: Tensor) -> str:
         hasher = blake3.blake3()

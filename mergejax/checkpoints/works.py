@@ -35,15 +35,23 @@ def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
         program = _as_data(placed), _leaf(seen, Values(None, []), 0), local
         tensors = [model.tensors[info.name] for model in read]
         several = [f"{o} ({t.source})" for o, t in zip(owners, tensors, strict=True)]
-        works.append(Work(info, tensors, several, targets[info.name], blocks, program, rounds))
+        places = _places(job, targets, info.name)
+        works.append(Work(info, tensors, several, places, blocks, program, rounds))
     for info in job.copied:
         tensor = job.reference.tensors[info.name]
         owner = [owner_of(job.reference, job.base)]
-        works.append(Work(info, [tensor], owner, targets[info.name], True, None))
+        places = _places(job, targets, info.name)
+        works.append(Work(info, [tensor], owner, places, True, None))
     place = {name: (str(min(t.paths)), t.offset) for name, t in job.reference.tensors.items()}
     # Large leaves that are one part come first, so that no processor waits for them at the end.
     alone = lambda work: len(work.parts()) == 1 and work.info.size > CHUNK
     return sorted(works, key=lambda work: (not alone(work), place[work.info.name]))
+
+
+def _places(job: Job, targets: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Where a leaf is written: under its own name and those that are tied to it."""
+    twins = [twin for twin, kept in job.reference.twins.items() if kept == name]
+    return [targets[name], *(targets[twin] for twin in twins)]
 
 
 def in_blocks(placed: Sequence[Placed]) -> tuple[list[Placed], list[Due]]:

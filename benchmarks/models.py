@@ -43,3 +43,19 @@ def model(size: str, number: int) -> dict[str, np.ndarray]:
 def models(size: str, experts: int) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
     """A base and its experts, float32."""
     return model(size, 0), [model(size, number) for number in range(1, experts + 1)]
+
+
+def grams(size: str, number: int) -> dict[str, np.ndarray]:
+    """Gram matrices of a model's kernels of two axes: full rank, features of different scales."""
+    draw = np.random.default_rng(1000 + number)
+    of_width: dict[int, np.ndarray] = {}
+    found = {}
+    for name, shape in shapes(size):
+        if name.endswith("kernel") and len(shape) == 2:
+            width = shape[0]
+            if width not in of_width:
+                rows = np.random.default_rng(width).standard_normal((width + 64, width), np.float32)
+                of_width[width] = rows.T @ rows / np.float32(len(rows))
+            scale = draw.uniform(0.5, 1.5, width).astype(np.float32)
+            found[name] = of_width[width] * scale[:, None] * scale[None, :]
+    return found

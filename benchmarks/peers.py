@@ -87,6 +87,23 @@ def fusion_bench_file(path):
     return module
 
 
+def regmean(experts, grams):
+    """Shrink 0.9, as ours; the reduction of FusionBench alone, without its collection."""
+    from fusion_bench.method.regmean import regmean as peer
+
+    weights = [
+        {leaf_name(n).removesuffix(".weight"): torch.from_numpy(g) for n, g in tree.items()}
+        for tree in grams
+    ]
+    several = {name: [expert[name] for expert in experts] for name in experts[0]}
+
+    def call():
+        with torch.no_grad():
+            peer.merging_with_regmean_weights(several, weights, 0.9)
+
+    return call
+
+
 def fusion_bench(method, base, experts):
     if method == "ties":
         utils = fusion_bench_file("method/ties_merging/ties_merging_utils.py")
@@ -129,9 +146,12 @@ def main():
     given = parser.parse_args()
     base, experts = models.models(given.size, given.experts)
     base, experts = tensors(base), [tensors(expert) for expert in experts]
-    call = {"mergekit": mergekit, "fusion_bench": fusion_bench}[given.peer](
-        given.method, base, experts
-    )
+    if given.method == "regmean":
+        call = regmean(experts, [models.grams(given.size, i) for i in range(given.experts)])
+    else:
+        call = {"mergekit": mergekit, "fusion_bench": fusion_bench}[given.peer](
+            given.method, base, experts
+        )
     print(json.dumps(measure.cost(call, given.repeats)._asdict()))
 
 

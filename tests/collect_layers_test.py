@@ -127,6 +127,14 @@ def test_experts_of_a_mixture_see_their_routed_rows_alone():
     close(found["router/kernel"], np.float64(x).T @ x / 40)
 
 
+def test_wide_layers_are_summed_in_blocks():
+    x = normal(30, 500)
+    params = {"kernel": jnp.ones((500, 1)), "bias": jnp.zeros(1)}
+    found = gram(nn.Dense(1), params, [x[:13], x[13:]])["kernel"]
+    close(found, np.float64(x).T @ x / 30)
+    np.testing.assert_array_equal(found, found.T)
+
+
 # Devices ------------------------------------------------------------------------------------------
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mergejax.collect.gram import products, symmetric
+from mergejax.collect.gram import products, whole
 from mergejax.collect.labels import check, cotangents, labelled
-from mergejax.collect.layers import missing, shapes_of, weighted_rows
+from mergejax.collect.layers import Rows, missing, shapes_of, weighted_rows
 from mergejax.collect.rows import refusal
 from mergejax.collect.statistics import Statistics, means
 from mergejax.collect.streaming import (
@@ -91,24 +91,24 @@ def output_gram(
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     tap: Any
     if isinstance(model, nnx.Module):
-        whole, _ = as_function(model, params)
+        run, _ = as_function(model, params)
         build, params = nnx_parts(model, params)
         tap, function = tap_nnx, Function(build, False)
     else:
-        whole, params = as_function(model, params)
-        tap, function = tap_linen, whole
+        run, params = as_function(model, params)
+        tap, function = tap_linen, run
     raise_all([f"{CALLER}: {problem}" for problem in unmatched(exclude, list(shapes_of(params)))])
     read = labels if estimator == "empirical" else None
     drawn = key if estimator == "sampled" else None
     items = (
         (batch, None if mask is None else weights, targets, start, drawn)
         for batch, weights, targets, start in labelled(
-            CALLER, whole.call, params, batches, read, mask, axes=8
+            CALLER, run.call, params, batches, read, mask, axes=8
         )
     )
     options = (tap, estimator, exclude)
     sums = total(_statistic, function, options, params, items, length(batches), (progress, CALLER))
-    return means(CALLER, symmetric(sums), "output gradients")
+    return means(CALLER, sums, "output gradients", form=whole)
 
 
 def _statistic(function, tap, estimator, exclude):
@@ -122,10 +122,9 @@ def _measured(function, tap, estimator, exclude, params, batch, weights, targets
         return tap(function, params, batch, lambda layer, name, inputs: None, probe)[1]
 
     sizes = _sizes(run, exclude, params)
-    zeros = OrderedDict(
-        (name, (jnp.zeros((size, size), jnp.float32), jnp.zeros((), jnp.float32)))
-        for name, size in sizes.items()
-    )
+    rows = {name: jnp.zeros((1, size), jnp.float32) for name, size in sizes.items()}
+    nothing = jnp.zeros((), jnp.float32)
+    zeros = OrderedDict((n, (products(Rows(x, x, nothing)), nothing)) for n, x in rows.items())
 
     def logits_of(sums):
         def probe(layer, name, output):

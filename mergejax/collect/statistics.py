@@ -1,6 +1,7 @@
 """What collectors return: means by leaf name, with what they are means over."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -137,7 +138,11 @@ def _differences(several: tuple[Statistics, ...]) -> list[str]:
 
 
 def means(
-    kind: str, sums: Mapping[str, tuple[Any, Any]], what: str = "inputs", idle: bool = False
+    kind: str,
+    sums: Mapping[str, tuple[Any, Any]],
+    what: str = "inputs",
+    idle: bool = False,
+    form: Callable[[Any], Any] = lambda total: total,
 ) -> Statistics:
     """Means of sums over rows, checked.
 
@@ -147,6 +152,7 @@ def means(
             the first axes are those of stacked layers.
         what: was summed, in words.
         idle: whether a mean over no row is 0, rather than an error.
+        form: makes an array of what was summed, if that is none.
 
     Returns:
         The means, float32.
@@ -158,20 +164,25 @@ def means(
         >>> means('gram', {'kernel': (jnp.full((1, 1), 6.0), jnp.float32(3))})
         {'kernel': Array([[2.]], dtype=float32)}
     """
-    broken = [name for name, (total, _) in sums.items() if not jnp.isfinite(total).all()]
-    if broken:
-        raise MergeError(
-            f"{kind}: the {what} of {len(broken)} of {len(sums)} layers are not finite, the "
-            f"first is '{broken[0]}'; check the data and the expert's parameters"
-        )
     empty = [name for name, (_, count) in sums.items() if not (np.asarray(count) > 0).all()]
     if empty and not idle:
         raise MergeError(
             f"{kind}: every row of {some(empty)} has weight 0; give batches with unmasked rows"
         )
-    found = {}
-    for name, (total, count) in sums.items():
-        axes = jnp.ndim(total) - jnp.ndim(count)
-        each = jnp.reshape(jnp.where(count > 0, count, 1), (*jnp.shape(count), *[1] * axes))
-        found[name] = total / each
-    return Statistics(kind, found, {name: count for name, (_, count) in sums.items()})
+    found = {name: _mean(form, total, count) for name, (total, count) in sums.items()}
+    broken = [name for name, (_, finite) in found.items() if not finite]
+    if broken:
+        raise MergeError(
+            f"{kind}: the {what} of {len(broken)} of {len(sums)} layers are not finite, the "
+            f"first is '{broken[0]}'; check the data and the expert's parameters"
+        )
+    counts = {name: count for name, (_, count) in sums.items()}
+    return Statistics(kind, {name: mean for name, (mean, _) in found.items()}, counts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mean(form: Callable[[Any], Any], total: Any, count: Any) -> tuple[jax.Array, jax.Array]:
+    total = form(total)
+    axes = jnp.ndim(total) - jnp.ndim(count)
+    mean = total / jnp.reshape(jnp.where(count > 0, count, 1), (*jnp.shape(count), *[1] * axes))
+    return mean, jnp.isfinite(mean).all()

@@ -181,6 +181,19 @@ def is_traced(value: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
 
+def check_sum(caller: str, weights: Any, advice: str) -> None:
+    """Refuses weights that sum to zero where a mean is taken; rules and traced ones are not known.
+
+    Raises:
+        MergeError: what is wrong, and the advice.
+    """
+    known = not isinstance(weights, Rule) and not is_traced(weights)
+    if known and abs(float(np.sum(np.asarray(weights, np.float64)))) < 1e-12:
+        raise MergeError(
+            f"{caller}(weights={weights}) sums to zero and cannot be normalised; {advice}"
+        )
+
+
 def as_data(value: Any) -> Any:
     """A number or a list with one number per expert, as float32."""
     if isinstance(value, (list, tuple)):

@@ -5,6 +5,7 @@ import json
 import disk_models
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import mergejax as mj
 from mergejax import command
@@ -160,3 +161,52 @@ def test_a_model_without_a_tokenizer_is_named(tmp_path, capsys):
     )  # fmt: skip
     assert err.startswith("'a' has another vocabulary, and no tokenizer.json")
     assert len(err.splitlines()) == 1
+
+
+def test_tokens_that_were_renamed_in_place_are_told(tmp_path, capsys):
+    save(tmp_path / "base", 0, BASE)
+    save(tmp_path / "a", 1, [*BASE[:2], "lime", *BASE[3:]])
+    flags = ["--base", tmp_path / "base", "--expert", tmp_path / "a", "--method", "linear()"]
+    assert command.run(["check", *map(str, flags), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        "expert 'a' has 1 other tokens than 'base' at the same rows, such as 'lime' instead of "
+        "'green' at 2"
+    ) in capsys.readouterr().err
+    strict = ["merge", *map(str, flags), "--out", str(tmp_path / "out"), "--strict"]
+    with pytest.raises(mj.MergeError, match="'lime' instead of 'green'"):
+        command.run(strict)
+
+
+def sentences(folder, seed, words, size):
+    """A model whose tokenizer is a SentencePiece model and nothing else."""
+    package = pytest.importorskip("sentencepiece", reason="it reads tokenizer.model")
+    text = folder / "text"
+    save(folder, seed, BASE, rows=size)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    text.write_text("\n".join(words))
+    package.SentencePieceTrainer.Train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=size,
+        model_type="word", bos_id=-1, eos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    text.unlink()
+
+
+def test_rows_follow_the_tokens_of_sentencepiece_models(tmp_path):
+    sentences(tmp_path / "base", 0, ["red red red", "green green", "blue"], 4)
+    sentences(tmp_path / "a", 1, ["sky sky sky sky", "red red red", "green green", "blue"], 5)
+    out = mj.merge_checkpoints(
+        "passthrough()", tmp_path / "base", [tmp_path / "a"], tmp_path / "out", vocabulary="base"
+    )
+    name = "model.embed_tokens.weight"
+    base, a, merged = (load_file(f / "model.safetensors")[name] for f in (
+        tmp_path / "base", tmp_path / "a", out))  # fmt: skip
+    # <unk>, red, green, blue; a has sky before red.
+    np.testing.assert_array_equal(merged, a[[0, 2, 3, 4]])
+    assert merged.shape == base.shape
+    (tmp_path / "a" / "tokenizer.model").write_bytes(b"nothing")
+    with pytest.raises(mj.MergeError, match="is no SentencePiece model"):
+        mj.merge_checkpoints(
+            "passthrough()", tmp_path / "base", [tmp_path / "a"], tmp_path / "b", vocabulary="base"
+        )

@@ -9,7 +9,6 @@ from mergejax.checkpoints.files import Files, ranges
 from mergejax.checkpoints.job import Job, predicted_disk
 from mergejax.checkpoints.request import show_size
 
-_PROGRAM = 330 * 10**6  # bytes that Python, JAX and its compiler hold on their own
 _START = 2.5  # seconds to start and compile
 _PROBE = 2**26  # bytes that are read to learn how quick reading is
 _PASS = 0.9e9  # bytes a second and processor that a pass works through
@@ -26,7 +25,7 @@ def forecast(job: Job) -> dict[str, Any]:
     return {
         "tensors": len(every),
         "disk_bytes": predicted_disk(job),
-        "memory_bytes": _PROGRAM + sum(largest) + works.held_memory(every),
+        "memory_bytes": works.PROGRAM + sum(largest) + works.held_memory(every),
         "seconds": round(_START + passes * read / speed + output_bytes(job) / _PASS, 1),
         "passes": passes,
     }

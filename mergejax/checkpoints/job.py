@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mergejax import errors
-from mergejax.checkpoints import adapters, compare, folder, hub, output, tied
+from mergejax.checkpoints import adapters, compare, folder, hub, output, tied, vocabulary
 from mergejax.checkpoints.compare import Finding
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.request import FLOATS, Request, show_size
@@ -92,6 +92,8 @@ def prepare(request: Request) -> tuple[Job | None, Problems, list[str]]:
         views = problems.attempt(seen_through_plans, request, models)
     if views is not None:
         base, experts, notes = views
+        if request.vocabulary == "error":
+            warnings += vocabulary.renamed(models[0], models[1:])
         problems.findings += compare.differences(base, experts)
         if not problems.findings:
             warnings += _look_at_values(request, models, base, experts, problems)

@@ -30,7 +30,7 @@ from mergejax.checkpoints.job import Job, existing_parent, prepare
 from mergejax.checkpoints.pieces import Runner, Work
 from mergejax.checkpoints.request import make_request, show_size
 from mergejax.checkpoints.staging import Staging
-from mergejax.checkpoints.works import make_works, threads
+from mergejax.checkpoints.works import make_works, memory_problems, threads
 from mergejax.progress import Reporter
 from mergejax.randomness import name_key
 
@@ -133,10 +133,13 @@ def run(job: Job, reporter: Reporter) -> None:
 
 
 def target_problems(job: Job) -> list[str]:
-    """Why the target cannot be written now: occupied by something else, or read-only."""
+    """Why the merge cannot be begun now: too little memory, a target that cannot be written."""
     out = job.request.out
     if out is None:
         return []
+    every = make_works(job, output.place(job.files, out, job.recipe))
+    if too_little := memory_problems(job, every):
+        return too_little
     parent = existing_parent(out)
     if not os.access(parent, os.W_OK):
         return [f"{parent} is read-only; choose another output"]

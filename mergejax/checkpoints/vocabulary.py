@@ -2,20 +2,23 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergejax.checkpoints.folder import Model, read_json
 from mergejax.checkpoints.rows import Row, put_together
-from mergejax.errors import raise_all, some
+from mergejax.errors import MergeError, raise_all, some
 
 LEAF = re.compile(
     r"embed_tokens|lm_head|\bwte\b|word_embeddings|shared\.weight|decoder\.(weight|bias)$"
     r"|predictions\.bias|embed_out"
 )
 EMBEDDING = re.compile(r"embed_tokens|\bwte\b|word_embeddings|shared\.weight")
-_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
+_LISTS = ("tokenizer.json", "vocab.json", "vocab.txt")
+_SENTENCES = "tokenizer.model"
+_FILES = (*_LISTS, "added_tokens.json", _SENTENCES)
 
 
 def leaves_of(model: Model) -> list[str]:
@@ -30,9 +33,11 @@ def tokens_of(model: Model) -> dict[str, int]:
     """The rows of a model's tokens, as its tokenizer's files say; empty if they do not.
 
     Raises:
-        MergeError: one of the files is no JSON.
+        MergeError: one of the files is damaged, or needs a package that is not installed.
     """
     found: dict[str, int] = {}
+    if _SENTENCES in model.sides and not any(name in model.sides for name in _LISTS):
+        found |= _pieces(model.sides[_SENTENCES])
     if "vocab.txt" in model.sides:
         lines = model.sides["vocab.txt"].read_text(encoding="utf-8").splitlines()
         found |= {token: row for row, token in enumerate(lines)}
@@ -53,9 +58,26 @@ def tokens_of(model: Model) -> dict[str, int]:
     return found
 
 
+def _pieces(path: pathlib.Path) -> dict[str, int]:
+    """The rows of the tokens of a SentencePiece model."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise MergeError(
+            f"{path}: its tokens are read by a package that is not installed; pip install "
+            "sentencepiece, or save the tokenizer.json of this model beside it"
+        ) from None
+    words = sentencepiece.SentencePieceProcessor()
+    try:
+        words.LoadFromFile(str(path))
+    except (OSError, RuntimeError) as error:
+        raise MergeError(f"{path} is no SentencePiece model ({error})") from error
+    return {words.IdToPiece(row): row for row in range(words.GetPieceSize())}
+
+
 def same_tokenizer(a: Model, b: Model) -> bool:
     """Whether two models have files of the same tokenizer, or one has none."""
-    pairs = [(a.sides.get(name), b.sides.get(name)) for name in _FILES[:4]]
+    pairs = [(a.sides.get(name), b.sides.get(name)) for name in _FILES]
     if not any(x for x, _ in pairs) or not any(y for _, y in pairs):
         return True
     return all(x is y is None or (x and y and x.read_bytes() == y.read_bytes()) for x, y in pairs)
@@ -75,6 +97,25 @@ def moved(base: Model, experts: Sequence[Model]) -> list[str]:
                 f"expert '{expert.name}' has {count} tokens at other rows than '{base.name}', "
                 f"such as {token!r} at {others[token]} instead of {own[token]}; align the rows "
                 "with --vocabulary base or union"
+            )
+    return lines
+
+
+def renamed(base: Model, experts: Sequence[Model]) -> list[str]:
+    """A line for every expert that has other tokens at some of the base's rows."""
+    lines = []
+    for expert in experts:
+        if expert is base or same_tokenizer(base, expert):
+            continue
+        own = {row: token for token, row in tokens_of(base).items()}
+        others = {row: token for token, row in tokens_of(expert).items()}
+        changed = [row for row, token in others.items() if own.get(row, token) != token]
+        if changed:
+            row = changed[0]
+            lines.append(
+                f"expert '{expert.name}' has {len(changed)} other tokens than '{base.name}' at the "
+                f"same rows, such as {others[row]!r} instead of {own[row]!r} at {row}; their rows "
+                "are merged as they stand, and the result has the base's tokenizer"
             )
     return lines
 
@@ -108,8 +149,8 @@ def align(models: Sequence[Model], choice: str) -> tuple[list[Model], list[str]]
     known = [tokens_of(reference if same[i] else model) for i, model in enumerate(models)]
     raise_all(
         [
-            f"'{model.name}' has another vocabulary, and no tokenizer.json, vocab.json or "
-            "vocab.txt that tells its tokens; add its tokenizer"
+            f"'{model.name}' has another vocabulary, and no tokenizer.json, vocab.json, "
+            "vocab.txt or tokenizer.model that tells its tokens; add its tokenizer"
             for model, tokens in zip(models, known, strict=True)
             if not tokens
         ]

@@ -14,10 +14,13 @@ from mergejax.checkpoints.files import CHUNK
 from mergejax.checkpoints.job import Job
 from mergejax.checkpoints.orbax_arrays import Stored
 from mergejax.checkpoints.pieces import Work
+from mergejax.checkpoints.request import show_size
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.plan import local_numbers
 from mergejax.run import LEAFWISE, Values, _as_data, _is_elementwise, _leaf
 from mergejax.step import Due
+
+PROGRAM = 330 * 10**6  # bytes that Python, JAX and its compiler hold on their own
 
 
 def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
@@ -72,8 +75,20 @@ def in_blocks(placed: Sequence[Placed]) -> tuple[list[Placed], list[Due]]:
 def threads(job: Job, works: Sequence[Work]) -> int:
     """How many parts are worked on at once: as many as there are processors and memory for."""
     count = max(2, os.cpu_count() or 2)
-    budget = (job.request.memory or free_memory() // 2) - held_memory(works)
+    budget = (job.request.memory or free_memory() // 2) - PROGRAM - held_memory(works)
     return max(1, min(count, budget // max(part_memory(work) for work in works)))
+
+
+def memory_problems(job: Job, works: Sequence[Work]) -> list[str]:
+    """Why the merge cannot be done in the memory that was asked for."""
+    largest = max(works, key=part_memory)
+    least = PROGRAM + held_memory(works) + part_memory(largest)
+    if job.request.memory is None or job.request.memory >= least:
+        return []
+    return [
+        f"--memory {show_size(job.request.memory)} is too little: the program and leaf "
+        f"'{largest.info.name}' take {show_size(least)}; give at least that"
+    ]
 
 
 def part_memory(work: Work) -> int:

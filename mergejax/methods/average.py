@@ -1,11 +1,8 @@
 """Weight averaging: the mean of the experts' weights, plain or weighted."""
 
-import numpy as np
-
 from mergejax import hyper
 from mergejax.chains import chain
 from mergejax.core import method
-from mergejax.errors import MergeError
 from mergejax.hyper import Weights
 from mergejax.methods.combine import mean, weighted_sum
 
@@ -56,10 +53,5 @@ def linear(weights: Weights = 1.0, normalize: bool = True):
     """
     if not normalize:
         return chain(weighted_sum(weights))
-    known = not isinstance(weights, hyper.Rule) and not hyper.is_traced(weights)
-    if known and abs(float(np.sum(np.asarray(weights, np.float64)))) < 1e-12:
-        raise MergeError(
-            f"linear(weights={weights}) sums to zero and cannot be normalised; change the weights "
-            "or pass normalize=False"
-        )
+    hyper.check_sum("linear", weights, "change the weights or pass normalize=False")
     return chain(mean(weights))

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from mergejax import hyper
 from mergejax.chains import chain
 from mergejax.core import method
 from mergejax.hyper import Density, Scaling, Weights
@@ -42,7 +43,7 @@ def ties(
         A method.
 
     Raises:
-        MergeError: a value out of range.
+        MergeError: a value out of range; weights that sum to zero although a mean is taken.
 
     Example:
         >>> import jax.numpy as jnp, mergejax as mj
@@ -55,6 +56,8 @@ def ties(
     TIES-Merging (Yadav et al., 2023, arXiv:2306.01708). The defaults are the authors' code;
     mergekit's form is scope='tensor', cut='exact', zero='plus'; FusionBench reduces by 'sum'.
     """
+    if reduction == "mean":
+        hyper.check_sum("ties", weights, "change the weights or pass reduction='sum'")
     reductions = {"mean": lambda: disjoint_mean(weights), "sum": total, "max": disjoint_max}
     return chain(
         trim(density, scope, cut),

@@ -285,3 +285,86 @@ def test_batches_that_do_not_fit_are_said(data):
         fisher(logits, params, iter([]))
     with pytest.raises(ValueError, match=r"first axes \[\(20,\), \(21,\)\]"):
         fisher(logits, params, [(inputs, labels[:20])])
+
+
+# Sequences
+
+
+def token_logits(params, x):
+    return x @ params["kernel"] + params["bias"][None, None]
+
+
+@pytest.fixture
+def sequences(data):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(6, 4, FEATURES)).astype(np.float32)
+    weights = (np.arange(4) < np.array([4, 2, 3, 1, 4, 0])[:, None]).astype(np.float32)
+    return data[0], x, rng.integers(CLASSES, size=(6, 4)), weights
+
+
+def of_sequences(params, x, labels, weights):
+    """Gradients of each sequence's log-likelihood, squared, and their mean."""
+    total = {"kernel": 0.0, "bias": 0.0}
+    for tokens, chosen, w in zip(x, labels, weights, strict=True):
+        errors = w[:, None] * (np.eye(CLASSES)[chosen] - probabilities(params, tokens))
+        total["kernel"] += np.square(np.float64(tokens).T @ errors)
+        total["bias"] += np.square(errors.sum(0))
+    count = (weights.max(1) > 0).sum()
+    return {name: value / count for name, value in total.items()}
+
+
+def test_of_a_sequence_the_tokens_are_summed_before_they_are_squared(sequences):
+    params, x, labels, weights = sequences
+    padded = np.where(weights[..., None] > 0, x, 50.0)
+    batches = [(padded[:4], labels[:4], weights[:4]), (padded[4:], labels[4:], weights[4:])]
+    found = fisher(
+        lambda params, batch: token_logits(params, batch[0]),
+        params,
+        batches,
+        estimator="empirical",
+        labels=lambda batch: np.where(batch[2] > 0, batch[1], -1),  # padding may be anything
+        mask=lambda batch: batch[2],
+        microbatch=3,
+    )
+    close(found, of_sequences(params, x, labels, weights))
+    assert found.rows["bias"] == 5
+
+
+def test_tokens_of_sequences_are_drawn_each(sequences):
+    params, x, *_ = sequences
+    draws = [
+        fisher(jax.jit(token_logits), params, [x], estimator="sampled", key=jax.random.key(seed))
+        for seed in range(300)
+    ]
+    # Independent draws: the expected square of the sum over tokens is the sum of their Fishers.
+    expected = {n: 4 * f for n, f in restated(params, x.reshape(-1, FEATURES)).items()}
+    for name, value in expected.items():
+        several = np.stack([found[name] for found in draws])
+        error = several.std(0) / np.sqrt(len(draws))
+        assert (np.abs(several.mean(0) - value) < 5 * error).all()
+
+
+def test_what_of_sequences_cannot_be_collected_is_said(sequences):
+    params, x, labels, _ = sequences
+    with pytest.raises(
+        ValueError, match=r"gives \(6, 4, 3\) for 6 examples, expected .* estimator='sampled'"
+    ):
+        fisher(token_logits, params, [x])
+    options = {"estimator": "empirical"}
+    with pytest.raises(ValueError, match="one integer for each of the 6 examples and its 4 tokens"):
+        fisher(token_logits, params, [x], labels=lambda b: labels[:, 0], **options)
+    with pytest.raises(ValueError, match="label 7 of example 2 is not one of the 3 classes"):
+        fisher(
+            token_logits,
+            params,
+            [x],
+            labels=lambda b: np.where(b[..., 0] == x[2, 1, 0], 7, 0),
+            **options,
+        )
+
+
+def test_batches_of_changing_structure_are_said(data):
+    params, inputs, _ = data
+    batches = [{"a": inputs}, {"a": inputs, "b": inputs}]
+    with pytest.raises(ValueError, match=r"batch 2 is .* but the first was of another structure"):
+        fisher(lambda params, batch: logits(params, batch["a"]), params, batches)

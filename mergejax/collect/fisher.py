@@ -37,13 +37,17 @@ def fisher(
         sampled    F_j = 1/N Σ_n (∂_j log p_y(x_n))²,  y drawn once from p(x_n)
         empirical  F_j = 1/N Σ_n (∂_j log p_y(x_n))²,  y the label of the data
 
+    Of a sequence, log p is the sum over its tokens, weighted by the mask (0 for padding and for a
+    prompt): one gradient, squared once, divided by the number of sequences.
+
     One example costs a forward pass and as many backward passes as there are classes (exact) or
     one. Gradients are cast to float32 before they are squared. Memory is a few times
     `microbatch` copies of the parameters.
 
     Args:
         model: a function (params, batch) -> logits [examples, classes] in which examples do not
-            influence each other (running statistics in use, dropout off). Or a linen or NNX model
+            influence each other (running statistics in use, dropout off); or, but in the exact
+            form, logits [examples, tokens, classes] of sequences. Or a linen or NNX model
             that is called on the batch. Linen models and functions under `jax.jit` are compiled
             once for all experts, other functions once a call, as they may depend on what has
             changed since.
@@ -52,8 +56,8 @@ def fisher(
         batches: any iterable of batches: arrays, or trees of arrays, with the examples along the
             first axis; each new number of examples compiles once more.
         estimator: 'exact', 'sampled' or 'empirical'.
-        labels: batch -> integer classes [examples]; needed by 'empirical'.
-        mask: batch -> weight of each example [examples], 0 for padding.
+        labels: batch -> integer classes [examples], or [examples, tokens]; needed by 'empirical'.
+        mask: batch -> weight of each example [examples] or token [examples, tokens], 0 for padding.
         key: `jax.random.key`, needed by 'sampled'; the draw of an example depends on the key and
             on its position in the data alone, not on the batches.
         microbatch: examples whose gradients are held at once.

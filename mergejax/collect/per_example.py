@@ -42,7 +42,9 @@ def mean_over_examples(
     estimator, labels, key = drawing
     read = labels if estimator == "empirical" else None
     drawn = key if estimator == "sampled" else None
-    checked = labelled(caller, function.call, params, batches, read, mask)
+    # Of sequences there is no exact form: it would sum over all texts.
+    sequences = estimator != "exact"
+    checked = labelled(caller, function.call, params, batches, read, mask, sequences=sequences)
     sums, count = total(
         _statistic,
         function,

@@ -40,9 +40,15 @@ def total(
     steps = _steps if function.reusable else _steps.__wrapped__
     statistic, add = steps(make, function.call, *options)
     report, caller = progress
-    sums = None
+    sums = kind = None
     for done, item in enumerate(items, start=1):
+        if sums is not None and jax.tree.structure(item) != kind:
+            raise MergeError(
+                f"{caller}: batch {done} is {jax.tree.structure(item[0])}, but the first was of "
+                "another structure; give all batches the same keys"
+            )
         if sums is None:
+            kind = jax.tree.structure(item)
             shapes = jax.eval_shape(statistic, params, item)
             sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         sums = add(sums, params, item)

@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base", metavar="DIR", help="the model that the experts were fine-tuned from")
-    add("--expert", metavar="DIR", action="append", dest="experts", help="give one for each")
+    add("--expert", metavar="DIR", action="append", dest="experts", help="a model or an adapter")
     add("--method", metavar="TEXT", help="such as 'ties(density=0.2)'")
     add("--out", metavar="DIR", help="the folder to write")
     _add_result(parser)
@@ -161,22 +161,29 @@ def _merge(given: argparse.Namespace, extra: Sequence[str]) -> None:
         return
     if request.out is None:
         raise MergeError("there is no output; name a folder with --out")
+    from mergejax.checkpoints import adapter_merge
     from mergejax.checkpoints.job import prepare
+    from mergejax.progress import Printer, Silent
 
+    reporter = Silent() if given.quiet else Printer()
+    if adapter_merge.applies(request):
+        adapter_merge.run(request, reporter)
+        return
     job, problems, _ = prepare(request)
     raise_all(problems.sentences())
     from mergejax.checkpoints import merge
-    from mergejax.progress import Printer
 
     assert job is not None
-    merge.run(job, merge.Silent() if given.quiet else Printer())
+    merge.run(job, reporter)
 
 
 def _check(given: argparse.Namespace, extra: Sequence[str]) -> int:
     request = _request(given, extra)
-    from mergejax.checkpoints import compare
+    from mergejax.checkpoints import adapter_merge, compare
     from mergejax.checkpoints.job import prepare
 
+    if adapter_merge.applies(request):
+        return _check_adapters(given, request)
     job, problems, odd = prepare(request)
     forecast, notes = {}, list(job.notes) if job is not None else []
     if job is not None:
@@ -200,6 +207,25 @@ def _check(given: argparse.Namespace, extra: Sequence[str]) -> int:
             print(forecasts.sentence(forecast))
     raise_all([] if given.json else sentences)
     return 2 if sentences else 0
+
+
+def _check_adapters(given: argparse.Namespace, request: Any) -> int:
+    from mergejax.checkpoints import adapter_merge
+    from mergejax.checkpoints.staging import place_problems
+
+    lines: list[str] = []
+    answer: dict[str, Any] = {"problems": [], "warnings": [], "notes": [], "forecast": {}}
+    try:
+        found = adapter_merge.prepare(request)
+        answer["notes"] = [f"{found.sentence} can be merged into an adapter"]
+        answer["forecast"] = {"disk_bytes": sum(map(len, found.files.values()))}
+        lines = place_problems(request.out, request.overwrite) if request.out else []
+    except MergeError as error:
+        lines = str(error).splitlines()
+    answer["problems"] = [{"problem": line} for line in lines]
+    print(json.dumps(answer, indent=2) if given.json else "\n".join(answer["notes"]))
+    raise_all([] if given.json else lines)
+    return 2 if lines else 0
 
 
 def _methods(given: argparse.Namespace) -> None:

@@ -23,6 +23,18 @@ class Reporter(Protocol):
         ...
 
 
+class Silent:
+    """A reporter that tells nobody."""
+
+    def log(self, text: str) -> None:
+        """Says nothing."""
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows nothing."""
+        yield lambda n: None
+
+
 class Printer:
     """The plain reporter: rich bars on a terminal, otherwise a line every ten seconds.
 

@@ -80,9 +80,9 @@ def test_what_is_no_plain_adapter_of_this_base_is_refused(change, sentence, tmp_
 
 def test_an_adapter_needs_a_base_and_its_factors(tmp_path):
     adapter(tmp_path / "lora")
+    base, expert = disk_models.family(tmp_path, experts=1)
     with pytest.raises(mj.MergeError, match=r"lora is an adapter and needs a base"):
-        mj.merge_checkpoints("average()", None, [tmp_path / "lora"], tmp_path / "out")
-    base, _ = disk_models.family(tmp_path, experts=1)
+        mj.merge_checkpoints("average()", None, [tmp_path / "lora", expert], tmp_path / "out")
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
     with pytest.raises(mj.MergeError, match=r"lora has no adapter_model.safetensors"):
         mj.merge_checkpoints("average()", base, [tmp_path / "lora"], tmp_path / "out")

@@ -13,6 +13,7 @@ from mergejax.checkpoints.compare import Finding
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.request import FLOATS, Request, show_size
 from mergejax.checkpoints.safetensors import Tensor
+from mergejax.checkpoints.staging import existing_parent
 from mergejax.checkpoints.views import seen_through_plans
 from mergejax.version import __version__
 
@@ -195,11 +196,6 @@ def target_problems(request: Request) -> list[str]:
         elif source.is_relative_to(whole):
             problems.append(f"the input {path} lies inside the output {out}; choose another output")
     return problems
-
-
-def existing_parent(path: pathlib.Path) -> pathlib.Path:
-    """The nearest folder above a path that exists."""
-    return next(p for p in path.absolute().parents if p.exists())
 
 
 def _space_problems(job: Job) -> list[str]:

@@ -1,20 +1,19 @@
 """Merges checkpoints from disk to disk: staged, resumable, verified, the same bytes every time."""
 
-import contextlib
 import copy
 import json
 import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from mergejax import errors
-from mergejax.checkpoints import folder, output
+from mergejax.checkpoints import adapter_merge, folder, output
 from mergejax.checkpoints.execute import (
     Memory,
     execute,
@@ -26,25 +25,13 @@ from mergejax.checkpoints.execute import (
     verify,
 )
 from mergejax.checkpoints.folder import Model
-from mergejax.checkpoints.job import Job, existing_parent, prepare
+from mergejax.checkpoints.job import Job, prepare
 from mergejax.checkpoints.pieces import Runner, Work
 from mergejax.checkpoints.request import make_request, show_size
-from mergejax.checkpoints.staging import Staging
+from mergejax.checkpoints.staging import Staging, is_free, place_problems
 from mergejax.checkpoints.works import make_works, memory_problems, threads
-from mergejax.progress import Reporter
+from mergejax.progress import Reporter, Silent
 from mergejax.randomness import name_key
-
-
-class Silent:
-    """A reporter that tells nobody."""
-
-    def log(self, text: str) -> None:
-        """Says nothing."""
-
-    @contextlib.contextmanager
-    def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows nothing."""
-        yield lambda n: None
 
 
 def merge_checkpoints(
@@ -68,7 +55,8 @@ def merge_checkpoints(
         base: Hugging Face folder or safetensors file that the experts were fine-tuned from; its
             names, types, settings and tokenizer are the result's. None for methods on weights,
             which then take them from the first expert.
-        experts: folders or files.
+        experts: folders or files. Adapters of PEFT go with their base; without one, adapters alone
+            are merged into an adapter by a method of `mergejax.lowrank`, such as 'svd(rank=8)'.
         out: the folder to write.
         reporter: told what is going on; silent by default.
         **options: `weights`, `dtype`, `seed`, `memory`, `shard_size`, `overwrite`, `only`,
@@ -96,6 +84,9 @@ def merge_checkpoints(
     request = make_request(base, experts, method, out, **options)
     if request.out is None:
         raise errors.MergeError("there is no output; name a folder to write")
+    if adapter_merge.applies(request):
+        adapter_merge.run(request, reporter or Silent())
+        return request.out
     job, problems, _ = prepare(request)
     errors.raise_all(problems.sentences())
     assert job is not None
@@ -116,7 +107,7 @@ def run(job: Job, reporter: Reporter) -> None:
         reporter.log(f"warning: {line}")
     for line in job.notes:
         reporter.log(line)
-    if not _is_free(out) and _is_done(job):
+    if not is_free(out) and _is_done(job):
         reporter.log(f"{out} holds this very merge already; nothing to do")
         return
     errors.raise_all(target_problems(job))
@@ -140,16 +131,8 @@ def target_problems(job: Job) -> list[str]:
     every = make_works(job, output.place(job.files, out, job.recipe))
     if too_little := memory_problems(job, every):
         return too_little
-    parent = existing_parent(out)
-    if not os.access(parent, os.W_OK):
-        return [f"{parent} is read-only; choose another output"]
-    if _is_free(out) or job.request.overwrite or _is_done(job):
-        return []
-    return [f"{out} is not empty; choose another output, or replace it whole with --overwrite"]
-
-
-def _is_free(out: pathlib.Path) -> bool:
-    return not out.exists() or not any(out.iterdir())
+    problems = place_problems(out, job.request.overwrite)
+    return [] if problems and not is_free(out) and _is_done(job) else problems
 
 
 def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:

@@ -135,8 +135,10 @@ def to_peft(
         layer = name.removesuffix(".weight")
         down, up = (np.asarray(x) for x in folded(factors))
         missing = rank - factors.rank
-        state[f"{_PREFIX}{layer}.lora_A.weight"] = np.pad(down.T, ((0, missing), (0, 0)))
-        state[f"{_PREFIX}{layer}.lora_B.weight"] = np.pad(up.T, ((0, 0), (0, missing)))
+        a, b = np.pad(down, ((0, 0), (0, missing))).T, np.pad(up, ((0, missing), (0, 0))).T
+        # safetensors writes the bytes as they lie in memory.
+        state[f"{_PREFIX}{layer}.lora_A.weight"] = np.ascontiguousarray(a)
+        state[f"{_PREFIX}{layer}.lora_B.weight"] = np.ascontiguousarray(b)
         layers.append(layer)
     own = {
         "peft_type": "LORA",

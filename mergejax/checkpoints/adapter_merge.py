@@ -10,10 +10,10 @@ import blake3
 import numpy as np
 from safetensors.numpy import load_file
 
-from mergejax.checkpoints import adapters, folder, output, safetensors
+from mergejax.checkpoints import adapters, folder, output, safetensors, target
 from mergejax.checkpoints.folder import ADAPTER, Model
 from mergejax.checkpoints.request import FLOATS, Request
-from mergejax.checkpoints.staging import Staging, place_problems
+from mergejax.checkpoints.staging import Staging
 from mergejax.errors import MergeError, raise_all
 from mergejax.progress import Reporter
 from mergejax.version import __version__
@@ -88,7 +88,7 @@ def run(request: Request, reporter: Reporter) -> None:
     """
     out, merge = request.out, prepare(request)
     assert out is not None
-    if problems := place_problems(out, request.overwrite):
+    if problems := target.problems(out, request.overwrite):
         there = {path.name: path.read_bytes() for path in out.glob("*")} if out.is_dir() else {}
         if there == merge.files:
             reporter.log(f"{out} holds this very merge already; nothing to do")
@@ -117,7 +117,7 @@ def _method(request: Request) -> str:
 
 
 def _option_problems(request: Request) -> Any:
-    from mergejax.checkpoints.job import Problems, target_problems
+    from mergejax.checkpoints.job import Problems
 
     problems = Problems()
     for field in dataclasses.fields(Request):
@@ -127,7 +127,7 @@ def _option_problems(request: Request) -> Any:
                 f"{field.name} is for models, but adapters are merged without their base; leave "
                 "it out, or name the base with --base to have a whole model"
             )
-    problems.lines += target_problems(request)
+    problems.lines += target.path_problems(request)
     return problems
 
 

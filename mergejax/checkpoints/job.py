@@ -3,17 +3,15 @@
 import dataclasses
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mergejax import errors
-from mergejax.checkpoints import adapters, compare, folder, hub, output, tied, vocabulary
+from mergejax.checkpoints import adapters, compare, folder, hub, output, target, tied, vocabulary
 from mergejax.checkpoints.compare import Finding
 from mergejax.checkpoints.folder import Model
-from mergejax.checkpoints.request import FLOATS, Request, show_size
+from mergejax.checkpoints.request import FLOATS, Request
 from mergejax.checkpoints.safetensors import Tensor
-from mergejax.checkpoints.staging import existing_parent
 from mergejax.checkpoints.views import seen_through_plans
 from mergejax.version import __version__
 
@@ -100,7 +98,7 @@ def prepare(request: Request) -> tuple[Job | None, Problems, list[str]]:
             warnings += _look_at_values(request, models, base, experts, problems)
         else:
             problems.lines += _same_paths(models[request.base is not None :])
-    problems.lines += target_problems(request)
+    problems.lines += target.path_problems(request)
     method = job = None
     if not _missing(request, models):
         from mergejax.checkpoints.chosen import method_of  # here, for it imports JAX
@@ -113,7 +111,7 @@ def prepare(request: Request) -> tuple[Job | None, Problems, list[str]]:
             job, parents=tuple(models), warnings=tuple(warnings), notes=tuple(notes)
         )
     if job is not None:
-        problems.lines += _space_problems(job)
+        problems.lines += target.space_problems(request.out, predicted_disk(job))
     if request.strict:
         problems.lines += [f"{line} (--strict)" for line in warnings]
     return (None if problems.sentences() else job), problems, warnings
@@ -177,39 +175,6 @@ def _look_at_values(
     if base is not None:
         warnings += compare.sentences(compare.transposed(base, experts))
     return [*compare.type_warnings(base, experts), *warnings]
-
-
-def target_problems(request: Request) -> list[str]:
-    """What is wrong with the place of the output; an occupied one is looked at later."""
-    if request.out is None:
-        return []
-    out, problems = request.out, []
-    whole = out.resolve()
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        problems.append(f"{out} is not a folder; choose another output")
-    elif not existing_parent(out).is_dir():
-        problems.append(f"{existing_parent(out)} is not a folder; choose another output than {out}")
-    for path in (*request.experts, *([] if request.base is None else [request.base])):
-        source = path.resolve()
-        if path.is_dir() and whole.is_relative_to(source):
-            problems.append(f"{out} is or lies inside the input {path}; choose another output")
-        elif source.is_relative_to(whole):
-            problems.append(f"the input {path} lies inside the output {out}; choose another output")
-    return problems
-
-
-def _space_problems(job: Job) -> list[str]:
-    out = job.request.out
-    if out is None:
-        return []
-    parent = existing_parent(out)
-    needed, free = predicted_disk(job), shutil.disk_usage(parent).free
-    if needed > free:
-        return [
-            f"{out} needs {show_size(needed)}, but {parent} has {show_size(free)} free; make "
-            "space, or choose another disk"
-        ]
-    return []
 
 
 def predicted_disk(job: Job) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mergejax import errors
-from mergejax.checkpoints import adapter_merge, folder, output
+from mergejax.checkpoints import adapter_merge, folder, output, target
 from mergejax.checkpoints.execute import (
     Memory,
     execute,
@@ -28,7 +28,7 @@ from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.job import Job, prepare
 from mergejax.checkpoints.pieces import Runner, Work
 from mergejax.checkpoints.request import make_request, show_size
-from mergejax.checkpoints.staging import Staging, is_free, place_problems
+from mergejax.checkpoints.staging import Staging
 from mergejax.checkpoints.works import make_works, memory_problems, threads
 from mergejax.progress import Reporter, Silent
 from mergejax.randomness import name_key
@@ -107,7 +107,7 @@ def run(job: Job, reporter: Reporter) -> None:
         reporter.log(f"warning: {line}")
     for line in job.notes:
         reporter.log(line)
-    if not is_free(out) and _is_done(job):
+    if not target.is_free(out) and _is_done(job):
         reporter.log(f"{out} holds this very merge already; nothing to do")
         return
     errors.raise_all(target_problems(job))
@@ -131,8 +131,8 @@ def target_problems(job: Job) -> list[str]:
     every = make_works(job, output.place(job.files, out, job.recipe))
     if too_little := memory_problems(job, every):
         return too_little
-    problems = place_problems(out, job.request.overwrite)
-    return [] if problems and not is_free(out) and _is_done(job) else problems
+    problems = target.problems(out, job.request.overwrite)
+    return [] if problems and not target.is_free(out) and _is_done(job) else problems
 
 
 def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:

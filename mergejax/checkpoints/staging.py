@@ -21,26 +21,6 @@ except ImportError:  # another operating system: two merges at once are not noti
 RECIPE = "mergejax.json"
 
 
-def is_free(out: pathlib.Path) -> bool:
-    """Whether nothing stands at a place, or an empty folder."""
-    return not out.exists() or not any(out.iterdir())
-
-
-def place_problems(out: pathlib.Path, overwrite: bool) -> list[str]:
-    """Why nothing can be written to a place: read-only, or occupied."""
-    parent = existing_parent(out)
-    if not os.access(parent, os.W_OK):
-        return [f"{parent} is read-only; choose another output"]
-    if is_free(out) or overwrite:
-        return []
-    return [f"{out} is not empty; choose another output, or replace it whole with --overwrite"]
-
-
-def existing_parent(path: pathlib.Path) -> pathlib.Path:
-    """The nearest folder above a path that exists."""
-    return next(p for p in path.absolute().parents if p.exists())
-
-
 class Staging:
     """The folder beside a target in which a merge is made, held by one process at a time.
 

@@ -1,5 +1,6 @@
 """What comes in and goes out: trees become leaves by name, are checked, and become trees again."""
 
+import collections
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ def leaves_by_name(tree: Tree, owner: str) -> tuple[dict[str, Any], Callable[[Ma
         for name, (_, leaf) in zip(names, paths, strict=True)
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype")
     ]
-    doubled = sorted({name for name in names if names.count(name) > 1})
+    doubled = sorted(name for name, count in collections.Counter(names).items() if count > 1)
     problems += [f"{owner} has two leaves called {some(doubled)}; rename one"] * bool(doubled)
     if not paths:
         problems.append(f"{owner} has no leaves; pass a tree of arrays, such as model parameters")

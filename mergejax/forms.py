@@ -109,7 +109,7 @@ class Piece(NamedTuple):
     Attributes:
         found: the merged arrays, or the measurements that are due.
         counts: whether the leaf enters sums over the model.
-        largest: the largest magnitude of every array that is to be finite, float32 [arrays].
+        largest: the largest magnitude of what is to be finite, float32.
     """
 
     found: Any

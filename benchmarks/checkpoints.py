@@ -23,7 +23,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 ROOT = pathlib.Path(__file__).parent.parent
-SIZES = {  # hidden, layers, MLP, vocabulary
+NAMES = "abcdefgh"
+Size = tuple[int, int, int, int]
+SIZES: dict[str, Size] = {  # hidden, layers, MLP, vocabulary
     "full": (1024, 24, 2816, 32_000),
     "small": (256, 4, 704, 4_000),
 }
@@ -52,9 +54,9 @@ class Cost(NamedTuple):
     anonymous: int = 0
 
 
-def tensors(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensors(size: Size) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a Llama."""
-    hidden, layers, wide, vocabulary = SIZES[size]
+    hidden, layers, wide, vocabulary = size
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for i in range(layers):
         block = f"model.layers.{i}"
@@ -69,9 +71,9 @@ def tensors(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (vocabulary, hidden)
 
 
-def make(folder: pathlib.Path, size: str, shards: int) -> None:
-    """Writes a base and three experts, bfloat16."""
-    hidden, layers, wide, vocabulary = SIZES[size]
+def make(folder: pathlib.Path, size: Size, shards: int, experts: int = 3) -> None:
+    """Writes a base and experts, bfloat16."""
+    hidden, layers, wide, vocabulary = size
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -87,7 +89,7 @@ def make(folder: pathlib.Path, size: str, shards: int) -> None:
     shapes = dict(tensors(size))
     names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     places = {name: names[i * shards // len(shapes)] for i, name in enumerate(shapes)}
-    for number, model in enumerate(("base", "a", "b", "c")):
+    for number, model in enumerate(["base", *NAMES[:experts]]):
         target = folder / model
         target.mkdir(parents=True)
         (target / "config.json").write_text(json.dumps(config))
@@ -113,7 +115,7 @@ def draw(shape: tuple[int, ...], place: int, number: int) -> np.ndarray:
 def ours(folder: pathlib.Path, method: str, count: int, out: pathlib.Path) -> list[str]:
     """The command line of this library."""
     command = [sys.executable, "-m", "mergejax", "merge", "--quiet", "--base", str(folder / "base")]
-    for name in "abc"[:count]:
+    for name in NAMES[:count]:
         command += ["--expert", str(folder / name)]
     return [*command, "--method", method, "--out", str(out)]
 
@@ -122,7 +124,7 @@ def theirs(
     folder: pathlib.Path, program: str, name: str, settings: dict, count: int, out: pathlib.Path
 ) -> list[str]:
     """The command line of mergekit, whose configuration is written beside the models."""
-    models = [{"model": str(folder / m), "parameters": {"weight": 0.5}} for m in "abc"[:count]]
+    models = [{"model": str(folder / m), "parameters": {"weight": 0.5}} for m in NAMES[:count]]
     config: dict = {"merge_method": name, "models": models, "dtype": "bfloat16"}
     config |= {"parameters": dict(settings)} if settings else {}
     if name == "slerp":
@@ -214,7 +216,7 @@ def main() -> None:
     given = parser.parse_args()
     folder = pathlib.Path(given.folder or tempfile.mkdtemp(prefix="mergejax-benchmark-"))
     if not (folder / "base").is_dir():
-        make(folder, given.size, given.shards)
+        make(folder, SIZES[given.size], given.shards)
     model = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
     out = folder / "out"
     cost = copied(folder, out)

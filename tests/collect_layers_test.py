@@ -4,10 +4,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mergejax.collect import gram, gram_sums, means, norm_square
+from mergejax.collect import (
+    cross_gram,
+    gram,
+    gram_sums,
+    means,
+    moments,
+    norm_square,
+    representations,
+    token_share,
+)
 
 KEY = jax.random.key(0)
 
@@ -91,6 +101,85 @@ def test_norms_of_nnx_small_scales_do_no_harm():
     assert set(norm_square(model, None, [x], exclude="last")) == {"first/scale"}
 
 
+# Moments, tokens, two models ----------------------------------------------------------------------
+
+
+class Text(nn.Module):
+    """A tied embedding, a norm with running statistics, two layers."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(7, 5, name="embed")
+        x = nn.BatchNorm(use_running_average=True, name="norm")(embed(tokens))
+        x = nn.remat(nn.Dense)(5, name="dense")(x)
+        return embed.attend(nn.relu(nn.Dense(5, name="last")(x)))
+
+
+@pytest.fixture(scope="module")
+def text():
+    tokens = np.random.default_rng(0).integers(7, size=(6, 4))
+    variables = jax.device_get(Text().init(KEY, tokens))
+    variables["batch_stats"]["norm"]["mean"] = np.full(5, 0.5, np.float32)
+
+    def apply(params, batch):
+        return Text().apply({"params": params, "batch_stats": variables["batch_stats"]}, batch)
+
+    weights = (np.arange(4) < np.array([4, 2, 3, 1, 4, 0])[:, None]).astype(np.float32)
+    return apply, variables["params"], tokens, weights
+
+
+def test_moments_and_shares_of_tokens_under_a_mask(text):
+    apply, params, tokens, weights = text
+    batches = [(tokens[:4], weights[:4]), (tokens[4:], weights[4:])]
+    options = {"mask": lambda batch: batch[1]}
+    of_first = lambda params, batch: apply(params, batch[0])
+    kept = tokens[weights > 0]
+    shares = token_share(of_first, params, batches, **options)
+    close(shares["embed/embedding"], np.bincount(kept, minlength=7) / len(kept))
+    mean, square = moments(of_first, params, batches, **options)
+    embedded = params["embed"]["embedding"].astype(np.float64)[kept]
+    dense = (embedded - 0.5) / np.sqrt(1 + 1e-5)
+    last = dense @ params["dense"]["kernel"] + params["dense"]["bias"]
+    rows = {"norm/scale": embedded, "dense/kernel": dense, "last/kernel": last}
+    assert set(mean) == set(square) == set(rows)
+    for name, x in rows.items():
+        close(mean[name], x.mean(0))
+        close(square[name], (x**2).mean(0))
+        assert mean.rows[name] == len(kept)
+
+
+def test_two_models_see_the_same_data(text):
+    apply, params, tokens, weights = text
+    other = jax.tree.map(lambda x: 1.5 * x, params)
+    batches = [(tokens[:4], weights[:4]), (tokens[4:], weights[4:])]
+    options = {"mask": lambda batch: batch[1]}
+    of_first = lambda params, batch: apply(params, batch[0])
+    found = cross_gram(of_first, params, other, batches, **options)
+    inputs = [
+        params["embed"]["embedding"].astype(np.float64)[tokens[weights > 0]] * s for s in (1, 1.5)
+    ]
+    x, y = ((rows - 0.5) / np.sqrt(1 + 1e-5) * s for rows, s in zip(inputs, (1, 1.5), strict=True))
+    close(found["dense/kernel"], x.T @ y / len(x))
+    assert not np.allclose(found["dense/kernel"], found["dense/kernel"].T)
+    same = cross_gram(of_first, params, params, batches, **options)
+    close(same["last/kernel"], gram(of_first, params, batches, **options)["last/kernel"])
+    given = representations(apply, params, [tokens[:4], tokens[4:]])
+    np.testing.assert_allclose(given, apply(params, tokens), rtol=1e-5, atol=1e-6)
+
+
+def test_what_two_models_and_tokens_cannot_give_is_said(text):
+    apply, params, tokens, _ = text
+    twice = lambda p, x: nn.Dense(5).apply({"params": p}, nn.Dense(5).apply({"params": p}, x))
+    with pytest.raises(ValueError, match="'kernel' are called more than once"):
+        cross_gram(twice, params["dense"], params["dense"], [normal(3, 5)])
+    with pytest.raises(ValueError, match="every row of 'embed/embedding' has weight 0"):
+        token_share(apply, params, [tokens], mask=lambda batch: np.zeros(6))
+    with pytest.raises(ValueError, match="outputs for batch 1 are not finite"):
+        representations(lambda params, x: x / 0, None, [np.ones((2, 1), np.float32)])
+    with pytest.raises(ValueError, match="there is no batch"):
+        representations(apply, params, [])
+
+
 # Mixtures of experts ------------------------------------------------------------------------------
 
 
@@ -133,6 +222,25 @@ def test_wide_layers_are_summed_in_blocks():
     found = gram(nn.Dense(1), params, [x[:13], x[13:]])["kernel"]
     close(found, np.float64(x).T @ x / 30)
     np.testing.assert_array_equal(found, found.T)
+
+
+def test_a_budget_takes_several_passes_and_gives_the_same():
+    model = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(3)])
+    batches = [normal(8, 5), normal(8, 5, seed=1)]
+    params = model.init(KEY, batches[0])["params"]
+    whole, calls = gram(model, params, batches), []
+    size = 4 * (6 * 6 + 1)
+    found = gram(model, params, batches, budget=size, progress=lambda *call: calls.append(call))
+    assert calls == 2 * [(1, 2, "gram"), (2, 2, "gram")]
+    assert list(found) == list(whole)
+    for name in whole:
+        np.testing.assert_array_equal(found[name], whole[name])
+    with pytest.raises(ValueError, match="'layers_2/kernel' take 148 bytes, more than the budget"):
+        gram(model, params, batches, budget=size - 1)
+    with pytest.raises(ValueError, match=r"several passes over the batches.*pass a list"):
+        gram(model, params, iter(batches), budget=size)
+    with pytest.raises(ValueError, match="there is no batch"):
+        gram(model, params, [], budget=size)
 
 
 # Devices ------------------------------------------------------------------------------------------

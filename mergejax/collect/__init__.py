@@ -1,10 +1,12 @@
 """Collectors: statistics of a model on data, keyed by leaf name, that some methods need."""
 
+from mergejax.collect.cross import cross_gram, representations
 from mergejax.collect.files import load, save
 from mergejax.collect.fisher import block_fisher, fisher
 from mergejax.collect.gram import gram, gram_sums
 from mergejax.collect.joint import joint_gram
 from mergejax.collect.masks import localize
+from mergejax.collect.moments import moments, token_share
 from mergejax.collect.norms import norm_square
 from mergejax.collect.outputs import output_gram
 from mergejax.collect.statistics import Statistics, add, means
@@ -13,6 +15,7 @@ __all__ = [
     "Statistics",
     "add",
     "block_fisher",
+    "cross_gram",
     "fisher",
     "gram",
     "gram_sums",
@@ -20,7 +23,10 @@ __all__ = [
     "load",
     "localize",
     "means",
+    "moments",
     "norm_square",
     "output_gram",
+    "representations",
     "save",
+    "token_share",
 ]

@@ -23,6 +23,7 @@ def gram(
     mask: Mask | None = None,
     exclude: str | Sequence[str] = (),
     row_mask: RowMask | None = None,
+    budget: int | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
     """Mean Gram matrix of the inputs of every layer with a kernel, without changing the model.
@@ -55,6 +56,8 @@ def gram(
             rows: for the experts of a mixture, whose buffers are padded,
             `lambda name, x: (x != 0).any(-1) if 'experts' in name else None`. An expert that got no
             row has a Gram matrix of zeros, which leaves its weights to the average.
+        budget: bytes of the sums that are on the device at once; where all layers take more, they
+            are collected in groups, a pass over the batches (a list, then) for each. None: all.
         progress: called as progress(done, total, 'gram') after each batch; total is 0 where
             `batches` has no length.
 
@@ -78,7 +81,7 @@ def gram(
 
     Source: RegMean, 2023, arXiv:2212.09849.
     """
-    found = layers.sums(GRAM, model, params, batches, mask, exclude, row_mask, progress)
+    found = layers.sums(GRAM, model, params, batches, mask, exclude, row_mask, progress, budget)
     return means("gram", found, idle=row_mask is not None, form=whole)
 
 
@@ -152,4 +155,4 @@ def whole(blocks: tuple[jax.Array, ...]) -> jax.Array:
 
 
 NARROWEST, MOST = 192, 8  # blocks: narrower ones are slow, more of them save nothing
-GRAM = Measurement("gram", KERNELS, input_rows, products, refusal)
+GRAM = Measurement("gram", KERNELS, input_rows, lambda layer, rows: products(rows), refusal)

@@ -54,7 +54,7 @@ class Measurement(NamedTuple):
         caller: named in errors and in progress.
         kinds: classes of the layers.
         view: (layer, inputs) -> rows [..., features].
-        reduce: `Rows` -> what is summed.
+        reduce: (layer, `Rows`) -> what is summed.
         refuse: layer -> why it cannot be measured, or None.
         complete: whether a kernel that is not seen is an error.
     """
@@ -62,7 +62,7 @@ class Measurement(NamedTuple):
     caller: str
     kinds: tuple[type, ...]
     view: Callable[[Any, jax.Array], jax.Array]
-    reduce: Callable[[Rows], Any]
+    reduce: Callable[[Any, Rows], Any]
     refuse: Callable[[Any], str | None] = lambda layer: None
     complete: bool = True
 
@@ -78,7 +78,8 @@ def sums_of_batch(
 ) -> Sums:
     """{leaf name: (Σ, Σ weights)} of one batch, a pure function of params, batch and weights."""
     make, function, params = _prepared(model, params)
-    return make(function.call, measurement, tuple(exclude), row_mask)(params, (batch, weights))
+    statistic = make(function.call, measurement, tuple(exclude), row_mask, None)
+    return statistic(params, (batch, weights))
 
 
 def sums(
@@ -88,24 +89,64 @@ def sums(
     batches: Iterable[Any],
     mask: Mask | None,
     exclude: str | Sequence[str],
-    row_mask: RowMask | None,
-    progress: Progress | None,
+    row_mask: RowMask | None = None,
+    progress: Progress | None = None,
+    budget: int | None = None,
 ) -> Sums:
-    """The sums of all batches, added up on the device."""
+    """The sums of all batches, added up on the device, of as many layers as the budget allows."""
     caller = measurement.caller
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     make, function, params = _prepared(model, params)
     raise_all([f"{caller}: {problem}" for problem in unmatched(exclude, list(shapes_of(params)))])
-    items = ((batch, row_weights(mask, batch, caller)) for batch in batches)
+    items = lambda: ((batch, row_weights(mask, batch, caller)) for batch in batches)
     options = (measurement, exclude, row_mask)
+    told = progress, caller
+    count = length(batches)
     try:
-        return total(make, function, options, params, items, length(batches), (progress, caller))
+        if budget is None:
+            return total(make, function, (*options, None), params, items(), count, told)
+        if iter(batches) is batches:
+            raise MergeError(
+                f"{caller}: a budget takes several passes over the batches, but they can be read "
+                "once; pass a list"
+            )
+        found: Sums = {}
+        first = make(function.call, *options, None)
+        for only in _groups(caller, first, params, next(items(), None), budget):
+            part = total(make, function, (*options, only), params, items(), count, told)
+            found |= jax.device_get(part)
+        return found
     except _LEAKS as error:
         raise MergeError(
             f"{caller}: a layer runs inside a JAX transform (jax.vmap, jax.checkpoint, "
             "jax.lax.scan); call the model on whole batches, with Flax's own nn.remat, nn.scan, "
             "nnx.remat, ..."
         ) from error
+
+
+def _groups(
+    caller: str, statistic: Callable[..., Any], params: Any, item: Any, budget: int
+) -> list[frozenset[str] | None]:
+    """Leaf names that are summed together, in the order of the calls; None if there is no batch."""
+    if item is None:
+        return [None]
+    shapes = jax.eval_shape(statistic, params, item)
+    sizes = {
+        name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(value))
+        for name, value in shapes.items()
+    }
+    largest = max(sizes, key=lambda name: sizes[name])
+    if sizes[largest] > budget:
+        raise MergeError(
+            f"{caller}: the sums of '{largest}' take {sizes[largest]} bytes, more than the budget "
+            f"of {budget}; raise it, or leave the layer out with exclude=('{largest}',)"
+        )
+    groups: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if sum(sizes[other] for other in groups[-1]) + size > budget:
+            groups.append([])
+        groups[-1].append(name)
+    return [frozenset(group) for group in groups]
 
 
 def _prepared(model: Any, params: Any) -> tuple[Any, Function, Any]:
@@ -125,12 +166,13 @@ def _nnx_statistic(build, *options):
 
 def _measured(tap, function, options, params, batch, weights):
     """{leaf name: (Σ, Σ weights)} of one batch, in the order of the calls."""
-    measurement, exclude, row_mask = options
+    measurement, exclude, row_mask, only = options
     caller = measurement.caller
     problems: list[str] = []
 
     def measure(layer, name, inputs):
-        if any(re.search(pattern, name) for pattern in exclude):
+        left_out = only is not None and name not in only
+        if left_out or any(re.search(pattern, name) for pattern in exclude):
             return None
         if reason := measurement.refuse(layer):
             problems.append(
@@ -140,10 +182,10 @@ def _measured(tap, function, options, params, batch, weights):
             return None
         own = None if row_mask is None else row_mask(name, inputs)
         rows = weighted_rows(caller, name, measurement.view(layer, inputs), weights, own)
-        return measurement.reduce(rows), rows.weight
+        return measurement.reduce(layer, rows), rows.weight
 
     found, _ = tap(function, params, batch, measure, kinds=measurement.kinds)
-    if measurement.complete:
+    if measurement.complete and only is None:
         problems = problems or missing(caller, params, exclude, found)
     raise_all(problems)
     return OrderedDict(found)  # JAX sorts the keys of other dictionaries

@@ -59,8 +59,8 @@ def norm_square(
 
     Source: LOT Merging, 2025, arXiv:2505.23859; CAT Merging, 2025, arXiv:2505.06977.
     """
-    measurement = Measurement("norm_square", NORMS, normalised, squares, complete=False)
-    found = layers.sums(measurement, model, params, batches, mask, exclude, None, progress)
+    measurement = Measurement("norm_square", NORMS, normalised, _squares, complete=False)
+    found = layers.sums(measurement, model, params, batches, mask, exclude, progress=progress)
     return means("norm_square", found)
 
 
@@ -73,6 +73,5 @@ def normalised(layer: Any, x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).mean(axes, keepdims=True) + layer.epsilon)
 
 
-def squares(rows: Rows) -> jax.Array:
-    """Σ w x² [features]."""
+def _squares(layer: Any, rows: Rows) -> jax.Array:
     return (rows.weighted * rows.values).sum(0)

@@ -3,6 +3,8 @@
 from mergejax.alignment.activations import activation_matching
 from mergejax.alignment.assignment import assign
 from mergejax.alignment.derive import symmetries
+from mergejax.alignment.gauge import lock, unlock
+from mergejax.alignment.heads import Attention, attentions
 from mergejax.alignment.partial import cost, keep_apart, ratios_for
 from mergejax.alignment.permutations import apply, compose, identity, invert, random
 from mergejax.alignment.repair import reestimate, repair
@@ -13,17 +15,20 @@ from mergejax.alignment.verify import verify
 from mergejax.alignment.weights import Matching, match_many, weight_matching
 
 __all__ = [
+    "Attention",
     "Group",
     "Matching",
     "Symmetries",
     "activation_matching",
     "apply",
     "assign",
+    "attentions",
     "compose",
     "cost",
     "identity",
     "invert",
     "keep_apart",
+    "lock",
     "match_many",
     "random",
     "ratios_for",
@@ -33,6 +38,7 @@ __all__ = [
     "statistics",
     "straight_through",
     "symmetries",
+    "unlock",
     "verify",
     "weight_matching",
 ]

@@ -5,6 +5,19 @@ from mergejax.alignment.assignment import assign
 from mergejax.alignment.derive import symmetries
 from mergejax.alignment.gauge import lock, unlock
 from mergejax.alignment.heads import Attention, attentions
+from mergejax.alignment.mixtures import (
+    Routing,
+    align_experts,
+    group_experts,
+    merge_experts,
+    routing,
+)
+from mergejax.alignment.mixtures_compressed import (
+    Split,
+    kept_share,
+    low_rank_and_rest,
+    prune,
+)
 from mergejax.alignment.partial import cost, keep_apart, ratios_for
 from mergejax.alignment.permutations import apply, compose, identity, invert, random
 from mergejax.alignment.repair import reestimate, repair
@@ -18,23 +31,32 @@ __all__ = [
     "Attention",
     "Group",
     "Matching",
+    "Routing",
+    "Split",
     "Symmetries",
     "activation_matching",
+    "align_experts",
     "apply",
     "assign",
     "attentions",
     "compose",
     "cost",
+    "group_experts",
     "identity",
     "invert",
     "keep_apart",
+    "kept_share",
     "lock",
+    "low_rank_and_rest",
     "match_many",
+    "merge_experts",
+    "prune",
     "random",
     "ratios_for",
     "reestimate",
     "regression",
     "repair",
+    "routing",
     "statistics",
     "straight_through",
     "symmetries",

@@ -3,6 +3,7 @@
 from mergejax.alignment.activations import activation_matching
 from mergejax.alignment.assignment import assign
 from mergejax.alignment.derive import symmetries
+from mergejax.alignment.features import Features, merge_features
 from mergejax.alignment.gauge import lock, unlock
 from mergejax.alignment.heads import Attention, attentions
 from mergejax.alignment.mixtures import (
@@ -29,6 +30,7 @@ from mergejax.alignment.weights import Matching, match_many, weight_matching
 
 __all__ = [
     "Attention",
+    "Features",
     "Group",
     "Matching",
     "Routing",
@@ -50,6 +52,7 @@ __all__ = [
     "low_rank_and_rest",
     "match_many",
     "merge_experts",
+    "merge_features",
     "prune",
     "random",
     "ratios_for",

@@ -1,4 +1,4 @@
-"""Units of one network merged: duplicates go without a trace, in the greedy order that is stated."""
+"""Units of one network merged: duplicates go without a trace, the nearest two go first."""
 
 import flax.linen as nn
 import jax

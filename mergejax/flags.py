@@ -77,6 +77,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_result(parser)
     add("--seed", metavar="N", type=_integer, help="of random masks; 0 by default")
     add("--vocabulary", metavar="CHOICE", help="rows of other tokens: error, base or union")
+    add("--stats", metavar="FILE", action="append", help="of mj.collect.save; of each expert one")
     add("--layers", metavar="A[0:8]", action="append", help="a range of the result's layers")
     add("--mergekit", metavar="FILE.yml", help="a configuration file of mergekit")
     add("--config", metavar="FILE.py", help="a config file; flags and --config.KEY=... come after")

@@ -9,7 +9,7 @@ from mergejax.errors import MergeError, did_you_mean, raise_all
 
 MODELS = ("method", "base", "experts", "out")
 FIELDS = ("weights", "dtype", "seed", "memory", "shard_size", "overwrite", "only", "exclude",
-          "format", "strict", "vocabulary", "layers")  # fmt: skip
+          "format", "strict", "vocabulary", "layers", "stats")  # fmt: skip
 
 
 def read_config(path: str, overrides: Sequence[str]) -> dict[str, Any]:

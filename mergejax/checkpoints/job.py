@@ -34,6 +34,7 @@ class Job:
         reads_base: whether the method looks at the base's values.
         files: the tensors of every file of the result.
         recipe: what the result says about itself; hashes are not known yet.
+        stats: of the experts, by leaf name and kind, mapped from the disk.
         warnings: what looks odd.
         notes: what was done about vocabularies and layers.
     """
@@ -49,6 +50,7 @@ class Job:
     reads_base: bool
     files: Mapping[str, Mapping[str, Tensor]]
     recipe: Mapping[str, Any]
+    stats: Mapping[str, Mapping[str, Sequence[Any]]]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -199,6 +201,7 @@ def _plan(
     method: Any,
 ) -> Job:
     from mergejax.chains import chain, reduces
+    from mergejax.checkpoints import statistics
     from mergejax.checkpoints.chosen import needs_base
     from mergejax.leaves import BUFFER, HEAD
     from mergejax.methods.combine import mean
@@ -215,7 +218,9 @@ def _plan(
     copied = tuple(info for info in infos if info.role in (BUFFER, HEAD))
     if not merged:
         raise errors.MergeError("no tensor is left to merge; relax --only or --exclude")
-    plan = make_plan(method, chain(mean()), merged, len(experts), base is not None)
+    given = statistics.read(request.stats, experts, method)
+    merged, stats = statistics.of_leaves(given, merged, len(experts))
+    plan = make_plan(method, chain(mean()), merged, len(experts), base is not None, [*given.kinds])
     reads_base = base is not None and needs_base(plan, len(experts))
     out_type = None if request.dtype is None else FLOATS[request.dtype]
     types = {
@@ -226,10 +231,12 @@ def _plan(
     several = request.format == "safetensors"
     files = output.shards(types, request.shard_size if several else 2**63)
     recipe = make_recipe(request, base, experts, method, reads_base)
+    recipe |= {"stats": given.contents} if given.contents else {}
     output.place(files, reference.path, recipe)  # refuses what the format does not have
     return Job(
-        request, base, experts, (), method, plan, merged, copied, reads_base, files, recipe, (), ()
-    )
+        request, base, experts, (), method, plan, merged, copied, reads_base, files, recipe,
+        stats, (), (),
+    )  # fmt: skip
 
 
 def _describe(request: Request, reference: Model) -> list[Any]:

@@ -243,6 +243,9 @@ class Runner:
             values = [x.reshape(work.info.shape) for x in values]
         values = [x.astype(np.float32) if x.dtype == np.float64 else x for x in values]
         leaf = leaf.replace(start=start_of(start), base=values[0] if self._has_base else None)
+        if work.blocks:
+            cut = slice(start, start + values[0].size)
+            leaf = leaf.replace(stats=jax.tree.map(lambda x: x.reshape(-1)[cut], leaf.stats))
         experts = values[1:] if self._has_base else values
         dtype = jax.dtypes.canonicalize_dtype(work.dtype)
         return _program(

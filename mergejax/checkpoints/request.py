@@ -41,6 +41,7 @@ class Request:
         strict: whether warnings are errors.
         vocabulary: what is done about vocabularies that differ: 'error', 'base' or 'union'.
         format: of the result: 'safetensors', 'orbax', 'msgpack' or 'npz'.
+        stats: files of statistics that `mj.collect.save` wrote, of the experts in any order.
         layers: of which models the layers of the result are; empty for all layers of all.
     """
 
@@ -60,6 +61,7 @@ class Request:
     vocabulary: str = "error"
     layers: Ranges = ()
     format: str = "safetensors"
+    stats: tuple[pathlib.Path, ...] = ()
 
 
 def make_request(
@@ -80,6 +82,7 @@ def make_request(
     vocabulary: Any = "error",
     layers: Any = (),
     format: Any = "safetensors",
+    stats: Any = (),
 ) -> Request:
     """Checks the options one by one and puts them into a `Request`.
 
@@ -106,6 +109,9 @@ def make_request(
         problems.append(f"format: {format!r} is unknown, {did_you_mean(str(format), FORMATS)}")
     for what, path in (("base", base), *(("an expert", x) for x in experts), ("out", out)):
         problems += [] if path is None else _path_problems(what, path)
+    stats = [stats] if isinstance(stats, str | os.PathLike) else list(stats)
+    for path in stats:
+        problems += _path_problems("stats", path)
     ranges: Ranges = ()
     try:
         ranges = read_layers(layers)
@@ -136,6 +142,7 @@ def make_request(
         vocabulary,
         ranges,
         format,
+        tuple(pathlib.Path(path) for path in stats),
     )
 
 

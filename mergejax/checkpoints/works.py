@@ -35,7 +35,8 @@ def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
         turned = {path for path, _ in rounds}  # these measure instead
         numbers = {p: x for p, x in local_numbers(job.plan, info).items() if p not in turned}
         local = jax.tree.map(LEAFWISE.narrow, numbers)
-        program = _as_data(placed), _leaf(seen, Values(None, []), 0), local
+        stats = job.stats.get(info.name, {})
+        program = _as_data(placed), _leaf(seen, Values(None, [], stats), 0), local
         tensors = [model.tensors[info.name] for model in read]
         several = [f"{o} ({t.source})" for o, t in zip(owners, tensors, strict=True)]
         places = _places(job, targets, info.name)
@@ -95,7 +96,9 @@ def part_memory(work: Work) -> int:
     """An upper bound of what working on one part of a leaf takes, in bytes."""
     length = min(pieces.PIECE, work.info.size) if work.blocks else work.info.size
     stored = sum(tensor.dtype.itemsize for tensor in work.tensors)
-    return length * (stored + 4 * (2 * len(work.tensors) + 4)) + 2**20
+    stats = jax.tree.leaves(work.program[1].stats) if work.program else []
+    read = sum(min(x.size, length) if work.blocks else 2 * x.size for x in stats)
+    return length * (stored + 4 * (2 * len(work.tensors) + 4)) + 4 * read + 2**20
 
 
 def held_memory(works: Sequence[Work]) -> int:

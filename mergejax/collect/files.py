@@ -94,7 +94,7 @@ def load(path: str | os.PathLike[str], params: Tree | None = None) -> dict[str, 
             or of another model.
     """
     arrays, header = tagged.read(path, FORMAT, VERSION, OTHERWISE)
-    raise_all(_problems(path, header, None if params is None else fingerprint(params)))
+    raise_all(header_problems(path, header, None if params is None else fingerprint(params)))
     if header.get("content") != _content(arrays, header):
         raise MergeError(f"{path}: is damaged, its content is not what was written; take a copy")
     return by_kind(arrays, header)
@@ -112,9 +112,16 @@ def _content(arrays: Mapping[str, Any], header: Mapping[str, str]) -> str:
     return tagged.digest(arrays, *(header.get(field, "") for field in ("model", "data", "rows")))
 
 
-def _problems(path: Any, header: Mapping[str, str], model: str | None) -> list[str]:
-    """What a header tells against reading the file for a model."""
+def header_problems(path: Any, header: Mapping[str, str], model: str | None) -> list[str]:
+    """What a header tells against reading the file, for a model of this hash or for any."""
+    if header.get("format") != FORMAT:
+        return [f"{path}: {OTHERWISE}"]
     problems = []
+    if header.get("version") != VERSION:
+        problems.append(
+            f"{path}: is of version {header.get('version')}, this release reads {VERSION}; take "
+            "the release of mergejax that wrote it"
+        )
     if header.get("layout") != LAYOUT:
         problems.append(
             f"{path}: its matrices have the layout '{header.get('layout')}', expected '{LAYOUT}'; "

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import hyper
+from mergejax import affine, hyper
 from mergejax.chains import Chain, by_stats, chain
 from mergejax.core import Array
 from mergejax.door import (
@@ -199,14 +199,28 @@ def stream(
     # Inside jax.jit even what is made of constants is traced.
     traced = hyper.is_traced((method, seed, stats, shared, models, jnp.zeros(())))
     check_statistics(infos, known, values=not traced)
+    layers = affine.layers(infos)
+    infos = affine.rows_of(layers, infos)
+
+    def read(model: Mapping[str, Any], name: str) -> Any:
+        if name not in layers:
+            return _read(model[name])
+        return layers[name].join(*(_read(model[part]) for part in layers[name].names))
 
     def load(name: str) -> Values:
         return Values(
-            None if base is None else _read(base[name]),
-            [_read(expert[name]) for expert in experts],
+            None if base is None else read(base, name),
+            [read(expert, name) for expert in experts],
             known.get(name, {}),
             common.get(name, {}),
         )
+
+    def put(name: str, arrays: Sequence[Array]) -> None:
+        parts = {name: arrays}
+        if name in layers:
+            parts = layers[name].split(arrays, reference, dtype)
+        for part, found in parts.items():
+            sink(part, found)
 
     plan = make_plan(method, BUFFERS, infos, len(experts), base is not None, statistics)
     for info in copied:
@@ -214,7 +228,7 @@ def stream(
         keep = info.role == HEAD or is_counter(info.name)
         sink(info.name, [merged_buffer(info.name, values, keep)])
     settings = Settings(names, seed, count, dtype, progress)
-    execute(plan, infos, load, sink, settings, TRACED if traced else LEAFWISE)
+    execute(plan, infos, load, put, settings, TRACED if traced else LEAFWISE)
 
 
 def _read(array: Any) -> Any:

@@ -1,5 +1,6 @@
 """Merges block by block, where a block's statistics depend on the blocks merged before it."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +21,13 @@ class Block(NamedTuple):
     Attributes:
         leaves: names at the top of the parameters that the step owns.
         apply: (the parameters under these names, inputs) -> the inputs of the next step.
-        method: what merges these leaves, in place of the call's method.
+        calibrated: whether statistics are collected here; where not, these leaves are merged as the
+            method merges leaves without them.
     """
 
     leaves: tuple[str, ...]
     apply: Callable[[Any, Any], Any]
-    method: Any = None
+    calibrated: bool = True
 
 
 def sequential(
@@ -43,18 +45,20 @@ def sequential(
 
     With h_k the data of expert k, and for each block in turn:
 
-    .. math:: G_k = gram(\theta_k^{block}, h_k),\quad
-        \theta^{block} = method(\theta_1^{block}, \ldots; G),\quad
+    .. math:: S_k = statistic(\theta_k^{block}, h_k),\quad
+        \theta^{block} = method(\theta_1^{block}, \ldots; S),\quad
         h_k \leftarrow block(\theta^{block}, h_k)
 
     So the inputs that enter a block come from the merged blocks before it, and those inside a
-    block from the expert's own layers. With `mj.regmean(shrink=0.95)` this is RegMean++. Gram
-    matrices of one block are alive at a time, and the inputs of one block for all data.
+    block from the expert's own layers. With `mj.regmean(shrink=0.95)` this is RegMean++. With
+    `mj.featcal()` the statistics compare the merged model, as it is without them, on h_k with the
+    expert on its own inputs, which are then carried along as well. Statistics of one block are
+    alive at a time, and the inputs of one block for all data.
 
     Numbers that a method measures of the whole model are measured of each block here.
 
     Args:
-        method: a method or its string; may read the statistic 'gram' and no other.
+        method: a method or its string; may read 'gram', 'affine_gram', 'drift', 'norm_moments'.
         blocks: the model's steps in order; together they own every leaf once.
         base: the common start, nested dictionaries of arrays, or None where the method needs none.
         experts: trees like base.
@@ -81,16 +85,16 @@ def sequential(
         >>> print(merged['dense']['kernel'].round(3))  # (9 · 0 + 1 · 1) / 10
         [[0.1]]
 
-    Source: RegMean++, 2025, arXiv:2508.03121. Leaves without a Gram matrix are averaged in every
-    block, also behind the last one, where the authors' code for CLIP keeps the base's.
+    Source: RegMean++, 2025, arXiv:2508.03121; FeatCal, 2026, arXiv:2605.13030. Leaves without a
+    Gram matrix are averaged by RegMean in every block, also behind the last one, where the authors'
+    code for CLIP keeps the base's.
     """
     several = [serialization.to_state_dict(expert) for expert in experts]
     start = None if base is None else serialization.to_state_dict(base)
-    chosen = [as_chain(method if block.method is None else block.method) for block in blocks]
+    chain = as_chain(method)
     models = {f"expert {i}": tree for i, tree in enumerate(several)}
-    _check(
-        chosen, blocks, models if start is None else {"the base": start, **models}, several, batches
-    )
+    known = models if start is None else {"the base": start, **models}
+    _check(chain.needs, blocks, known, several, batches)
     inputs = [list(each) for each in batches]
     empty = [str(i) for i, each in enumerate(inputs) if not each]
     if empty:
@@ -98,20 +102,61 @@ def sequential(
             f"sequential: there is no batch for expert {', '.join(empty)}; give each expert an "
             "iterable of at least one batch"
         )
+    own = inputs  # what reaches a block in the experts
     merged: dict[str, Any] = {}
-    for number, (block, chain) in enumerate(zip(blocks, chosen, strict=True)):
+    for number, block in enumerate(blocks):
         parts = [_part(tree, block) for tree in several]
-        apply = jax.jit(block.apply)
-        needed = {}
-        if "gram" in chain.needs:
-            pairs = zip(parts, inputs, strict=True)
-            needed["gram"] = [collect.gram(apply, part, each) for part, each in pairs]
         before = None if start is None else _part(start, block)
-        result = merge(chain, before, parts, stats=needed, names=names, seed=seed, dtype=dtype)
+        apply = jax.jit(block.apply)
+        nothing = {need: [{}] * len(parts) for need in chain.needs}
+        merge_with = functools.partial(
+            merge, chain, before, parts, names=names, seed=seed, dtype=dtype
+        )
+        found = nothing
+        if block.calibrated:
+            plain = merge_with(stats=nothing) if set(chain.needs) & set(_OF_MERGED) else None
+            found = {
+                need: [
+                    COLLECTED[need](apply, Sight(part, plain, each, mine))
+                    for part, each, mine in zip(parts, inputs, own, strict=True)
+                ]
+                for need in chain.needs
+            }
+        result = merge_with(stats=found)
         merged |= result
         if number + 1 < len(blocks):
             inputs = [[apply(result, batch) for batch in each] for each in inputs]
+            if "drift" in chain.needs:
+                pairs = zip(parts, own, strict=True)
+                own = [[apply(part, batch) for batch in each] for part, each in pairs]
     return merged
+
+
+class Sight(NamedTuple):
+    """What a statistic of one block and one expert is collected from.
+
+    Attributes:
+        expert: the expert's block.
+        merged: the block merged without statistics, for those that look at it.
+        inputs: that reach the block behind the merged blocks, a list of batches.
+        own: that reach it in the expert.
+    """
+
+    expert: Tree
+    merged: Tree
+    inputs: list[Any]
+    own: list[Any]
+
+
+_OF_MERGED = ("drift", "norm_moments")
+COLLECTED: Mapping[str, Callable[[Any, Sight], Any]] = {
+    "gram": lambda apply, see: collect.gram(apply, see.expert, see.inputs),
+    "affine_gram": lambda apply, see: collect.affine_gram(apply, see.expert, see.inputs),
+    "drift": lambda apply, see: collect.drift(
+        apply, see.merged, see.expert, list(zip(see.inputs, see.own, strict=True))
+    ),
+    "norm_moments": lambda apply, see: collect.norm_moments(apply, see.merged, see.inputs),
+}
 
 
 def _part(tree: Tree, block: Block) -> Tree:
@@ -119,7 +164,7 @@ def _part(tree: Tree, block: Block) -> Tree:
 
 
 def _check(
-    chains: Sequence[Any],
+    needs: Sequence[str],
     blocks: Sequence[Block],
     models: Mapping[str, Tree],
     experts: Sequence[Tree],
@@ -133,10 +178,10 @@ def _check(
             f"sequential: {len(experts)} experts and {len(batches)} iterables of batches; pass one "
             "for each expert"
         )
-    for name in {need for chain in chains for need in chain.needs if need != "gram"}:
+    for name in (need for need in needs if need not in COLLECTED):
         problems.append(
-            f"sequential: the method needs the statistic '{name}', but block by block only 'gram' "
-            "is collected; merge with mj.merge and stats"
+            f"sequential: the method needs the statistic '{name}', but block by block only "
+            f"{some(list(COLLECTED))} are collected; merge with mj.merge and stats"
         )
     owned = [name for block in blocks for name in block.leaves]
     twice = sorted({name for name in owned if owned.count(name) > 1})

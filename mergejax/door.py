@@ -190,11 +190,19 @@ def _shape_of(need: str, info: LeafInfo) -> tuple[int, ...] | None:
     stacked = info.shape[: len(info.shape) - len(axes)]
     if need == "block_fisher":
         return (*stacked, math.prod(axes), math.prod(axes))
-    sides = {"gram": "ihwl", "output_gram": "o"}
+    if need == "norm_moments":
+        return (*stacked, 2, *axes)
+    # Which axes of a kernel a matrix is over, how often, and how many ones are beside them.
+    sides = {
+        "gram": ("ihwl", 1, 0),
+        "output_gram": ("o", 1, 0),
+        "affine_gram": ("ihwl", 1, 1),
+        "drift": ("ihwl", 2, 1),
+    }
     if need in sides and info.layout:
-        side = sides[need]
+        side, times, ones = sides[need]
         size = math.prod(n for n, axis in zip(axes, info.layout, strict=True) if axis in side)
-        return (*stacked, size, size)
+        return (*stacked, times * size + ones, times * size + ones)
     return None
 
 

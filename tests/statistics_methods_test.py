@@ -128,6 +128,46 @@ def test_frobenius_weights_are_the_regression_with_multiples_of_the_identity():
     np.testing.assert_allclose(layer(got), layer(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("shrink", [1.0, 0.4])
+def test_joint_biases_are_the_optimum_of_kernel_and_bias_and_beat_averaged_ones(shrink):
+    """The least squares over the rows themselves, a column of ones beside them; conv and dense."""
+    shapes = {"dense": {"kernel": (5, 3), "bias": (3,)}, "conv": {"kernel": (3, 1, 2, 4)}}
+    shapes["conv"]["bias"] = (4,)
+    _, experts = trees.models(3, shapes=shapes, seed=3)
+    rng = np.random.default_rng(2)
+    names = {"dense/kernel": 5, "conv/kernel": 6}
+    rows = [{n: rng.normal(size=(30, k)) + 1 for n, k in names.items()} for _ in experts]
+
+    def gram(x, one):
+        x = np.concatenate([x, np.ones((len(x), one))], axis=1)
+        return x.T @ x / len(x)
+
+    stats = [{n: np.float32(gram(x, 1)) for n, x in several.items()} for several in rows]
+    method = f"regmean(shrink={shrink}, biases='joint')"
+    merged = mj.merge(method, None, experts, stats={"affine_gram": stats})
+    for part, name in (("dense", "dense/kernel"), ("conv", "conv/kernel")):
+        layers = [
+            np.concatenate([as_matrix(m[part]["kernel"], part), m[part]["bias"][None]])
+            for m in (merged, *experts)
+        ]
+        off = np.ones((names[name] + 1,) * 2)
+        off[:-1, :-1] = shrink + (1 - shrink) * np.eye(names[name])
+        grams = [off * gram(several[name], 1) for several in rows]
+        slope = sum(g @ (layers[0] - w) for g, w in zip(grams, layers[1:], strict=True))
+        size = np.linalg.norm(sum(g @ w for g, w in zip(grams, layers[1:], strict=True)))
+        assert np.linalg.norm(slope) < 1e-5 * size
+        if shrink == 1:
+            apart = [{n: np.float32(gram(x, 0)) for n, x in several.items()} for several in rows]
+            plain = mj.merge("regmean(shrink=1.0)", None, experts, stats={"gram": apart})[part]
+            plain = np.concatenate([as_matrix(plain["kernel"], part), plain["bias"][None]])
+            assert drift(layers[0], layers[1:], grams) < 0.9 * drift(plain, layers[1:], grams)
+
+
+def as_matrix(kernel, part):
+    kernel = np.asarray(kernel, np.float64)
+    return kernel if part == "dense" else kernel.transpose(2, 0, 1, 3).reshape(6, 4)
+
+
 def test_kfac_with_identical_output_sides_is_the_regression():
     base, experts, stats = inputs(2)
     sides = [

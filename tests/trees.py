@@ -76,6 +76,9 @@ def statistics(needs, experts, seed=5):
         "output_gram": _output_gram,
         "block_fisher": _block_fisher,
         "norm_square": _norm_square,
+        "affine_gram": _affine_gram,
+        "drift": _drift,
+        "norm_moments": _norm_moments,
     }
     return {need: [makers[need](rng, flat(expert)) for expert in experts] for need in needs}
 
@@ -103,6 +106,32 @@ def _block_fisher(rng, expert):
 def _norm_square(rng, expert):
     scales = {n: x.shape for n, x in expert.items() if n.endswith("scale")}
     return {n: np.asarray(rng.random(shape), np.float32) for n, shape in scales.items()}
+
+
+def _affine_gram(rng, expert):
+    """Of inputs and a one."""
+    kernels = {n: x.shape[-2] for n, x in expert.items() if n.endswith("kernel")}
+    return {n: _with_one(rng.normal(size=(4 * size + 1, size))) for n, size in kernels.items()}
+
+
+def _drift(rng, expert):
+    """Of the merged model's inputs, the expert's, which are the same, and a one."""
+    kernels = {n: x.shape[-2] for n, x in expert.items() if n.endswith("kernel")}
+    rows = {n: rng.normal(size=(4 * size + 1, size)) for n, size in kernels.items()}
+    return {n: _with_one(np.concatenate([x, x], axis=1)) for n, x in rows.items()}
+
+
+def _with_one(rows):
+    rows = np.concatenate([rows + 0.3, np.ones((len(rows), 1))], axis=1)
+    return np.asarray(rows.T @ rows / len(rows), np.float32)
+
+
+def _norm_moments(rng, expert):
+    scales = {n: x.shape for n, x in expert.items() if n.endswith("scale")}
+    return {
+        n: np.float32(np.stack([1 + rng.random(shape), rng.random(shape)]))
+        for n, shape in scales.items()
+    }
 
 
 def _mean_square(rng, size):

@@ -55,36 +55,85 @@ def joint_gram(
     several = list(several)
     if len(several) < 2:
         raise MergeError(f"joint_gram: there are {len(several)} models; give at least two")
-    if isinstance(model, nnx.Module):
-        build = nnx_parts(model, several[0])[0]
-        make, function = _nnx_statistic, Function(build, False)
-    else:
-        make, function = _linen_statistic, as_function(model, several[0])[0]
-    items = ((batch,) for batch in batches)
+    make, function = _statistic(model, several[0])
+    items = (len(several) * [batch] for batch in batches)
     sums = total(make, function, (), several, items, length(batches), (progress, "joint_gram"))
+    return _means(sums, "joint_gram")
+
+
+def drift(
+    model: Any,
+    student: Any,
+    expert: Any,
+    batches: Iterable[tuple[Any, Any]],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, jax.Array]:
+    r"""Mean products of the inputs of every layer in a merged model and in an expert, and a one.
+
+    .. math:: Q = \frac1R\sum_r q_r^\top q_r,\qquad q_r = [x_r^{student} | x_r^{expert} | 1]
+
+    As `joint_gram` of the two, but each on inputs of its own, row by row those of one example: what
+    reaches a block in the merged model, and what reaches it in the expert.
+
+    Args:
+        model: as for `gram`.
+        student: the merged model's parameters.
+        expert: the expert's.
+        batches: any iterable of pairs, the student's batch and the expert's.
+        progress: called as progress(done, total, 'drift') after each batch.
+
+    Returns:
+        {leaf name of the kernel: Q [2·in + 1, 2·in + 1] float32}.
+
+    Raises:
+        MergeError: as `joint_gram`.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> pair = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 3.0]])
+        >>> params = nn.Dense(3).init(jax.random.key(0), pair[0])['params']
+        >>> drift(nn.Dense(3), params, params, [pair])['kernel'].tolist()[-1]
+        [1.0, 2.0, 1.0, 3.0, 1.0]
+
+    Source: FeatCal, 2026, arXiv:2605.13030.
+    """
+    make, function = _statistic(model, student)
+    several, items = [student, expert], (list(pair) for pair in batches)
+    sums = total(make, function, (), several, items, length(batches), (progress, "drift"))
+    return _means(sums, "drift")
+
+
+def _means(sums: dict[str, Any], caller: str) -> dict[str, jax.Array]:
     again = [name for name, (q, calls) in sums.items() if float(calls) * 1.5 < float(q[-1, -1])]
     broken = [name for name, (q, _) in sums.items() if not bool(jnp.isfinite(q).all())]
     if again or broken:
         raise MergeError(
-            f"joint_gram: {some(again)} are called more than once, so their inputs cannot be paired"
+            f"{caller}: {some(again)} are called more than once, so their inputs cannot be paired"
             if again
-            else f"joint_gram: the inputs of {some(broken)} are not finite; check the models"
+            else f"{caller}: the inputs of {some(broken)} are not finite; check the models"
         )
     if not sums:
-        raise MergeError("joint_gram: no Dense, DenseGeneral or Conv layer was seen in the model")
+        raise MergeError(f"{caller}: no Dense, DenseGeneral or Conv layer was seen in the model")
     return {name: q / q[-1, -1] for name, (q, _) in sums.items()}
 
 
+def _statistic(model: Any, params: Any) -> tuple[Any, Function]:
+    if isinstance(model, nnx.Module):
+        return _nnx_statistic, Function(nnx_parts(model, params)[0], False)
+    return _linen_statistic, as_function(model, params)[0]
+
+
 def _linen_statistic(function):
-    return lambda several, item: _measured(tap_linen, function, several, *item)
+    return lambda several, batches: _measured(tap_linen, function, several, batches)
 
 
 def _nnx_statistic(build):
-    return lambda several, item: _measured(tap_nnx, build, several, *item)
+    return lambda several, batches: _measured(tap_nnx, build, several, batches)
 
 
-def _measured(tap, function, several, batch):
-    """{leaf name: (Σ qᵀq, Σ rows / calls)} of one batch."""
+def _measured(tap, function, several, batches):
+    """{leaf name: (Σ qᵀq, Σ rows / calls)} of a batch for each model."""
 
     def measure(layer, name, inputs):
         if refusal(layer):
@@ -92,7 +141,8 @@ def _measured(tap, function, several, batch):
         rows = input_rows(layer, inputs).astype(jnp.float32)
         return rows.reshape(-1, rows.shape[-1]), jnp.float32(1)
 
-    found = [tap(function, params, batch, measure)[0] for params in several]
+    pairs = zip(several, batches, strict=True)
+    found = [tap(function, params, batch, measure)[0] for params, batch in pairs]
     products = OrderedDict()
     for name, (first, calls) in found[0].items():
         one = jnp.ones((len(first), 1), jnp.float32)

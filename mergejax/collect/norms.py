@@ -64,6 +64,40 @@ def norm_square(
     return means("norm_square", found)
 
 
+def norm_moments(
+    model: Any,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    mask: Mask | None = None,
+    exclude: str | Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Statistics:
+    r"""Mean square and mean of every feature of the normalised inputs of a model's norms.
+
+    .. math:: e_d=\sum_rw_r\hat x_{rd}^2\,/\,\sum_rw_r,\qquad
+        m_d=\sum_rw_r\hat x_{rd}\,/\,\sum_rw_r
+
+    which is all that a scale and a shift can be fitted with; arguments and errors are those of
+    `norm_square`.
+
+    Returns:
+        {leaf name of the scale: [2, features] float32, first e, then m}; empty for a model without
+        such norms.
+
+    Example:
+        >>> model, x = nn.LayerNorm(), jnp.array([[1.0, 3.0], [5.0, 7.0]])
+        >>> params = model.init(jax.random.key(0), x)['params']
+        >>> {n: s.round(3).tolist() for n, s in norm_moments(model, params, [x]).items()}
+        {'scale': [[1.0, 1.0], [-1.0, 1.0]]}
+
+    Source: FeatCal, 2026, arXiv:2605.13030.
+    """
+    measurement = Measurement("norm_moments", NORMS, normalised, _moments, complete=False)
+    found = layers.sums(measurement, model, params, batches, mask, exclude, progress=progress)
+    return means("norm_moments", found)
+
+
 def normalised(layer: Any, x: jax.Array) -> jax.Array:
     """A norm's input after normalisation, before scale and shift."""
     axes = tuple(int(axis) for axis in np.atleast_1d(layer.reduction_axes))
@@ -75,3 +109,7 @@ def normalised(layer: Any, x: jax.Array) -> jax.Array:
 
 def _squares(layer: Any, rows: Rows) -> jax.Array:
     return (rows.weighted * rows.values).sum(0)
+
+
+def _moments(layer: Any, rows: Rows) -> jax.Array:
+    return jnp.stack([_squares(layer, rows), rows.weighted.sum(0)])

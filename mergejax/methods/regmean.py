@@ -1,8 +1,13 @@
 """RegMean: the weights that reproduce every expert's layer outputs best, in closed form."""
 
+from typing import Literal
+
+import jax.numpy as jnp
+
 from mergejax.chains import by_stats, chain
 from mergejax.core import method, reduce
 from mergejax.hyper import Fraction, NonNegative
+from mergejax.leaves import as_matrix
 from mergejax.linalg.regression import on_layers, regress, shrunk
 from mergejax.methods.combine import mean
 from mergejax.methods.elect import per_expert
@@ -24,21 +29,60 @@ def gram_solve(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
     """
 
     def apply(ds, leaf, seen):
-        shares = per_expert(weights, len(ds))
-        several = zip(shares, leaf.stats["gram"], strict=True)
-        grams = [w * shrunk(gram.astype(ds[0].dtype), shrink) for w, gram in several]
-
-        def merge(*experts):
-            middle = experts[0] + sum(w - experts[0] for w in experts) / len(experts)
-            return regress(experts, grams, middle)
-
-        return on_layers(merge, leaf.layout, *ds)
+        grams = [shrunk(gram.astype(ds[0].dtype), shrink) for gram in leaf.stats["gram"]]
+        return _regressed(ds, leaf.layout, grams, per_expert(weights, len(ds)))
 
     return apply
 
 
+@reduce(space="weights", needs=("affine_gram",))
+def affine_solve(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
+    r"""`gram_solve` for a kernel and its bias together, the last row of :math:`[W; b]`.
+
+    Products with the constant one, the inputs' means, are not shrunk.
+
+    Returns:
+        A reduction that reads the statistic 'affine_gram' ([N, in + 1, in + 1] float32).
+
+    Example:
+        >>> import mergejax as mj
+        >>> mj.affine_solve(shrink=0.5)
+        affine_solve(shrink=0.5)
+    """
+
+    def apply(ds, leaf, seen):
+        matrix = as_matrix(ds[0], leaf.layout)[0]
+        grams = [
+            # A layer without a bias has no last row.
+            affine_shrunk(g.astype(ds[0].dtype), shrink)[: len(matrix), : len(matrix)]
+            for g in leaf.stats["affine_gram"]
+        ]
+        return _regressed(ds, leaf.layout, grams, per_expert(weights, len(ds)))
+
+    return apply
+
+
+def affine_shrunk(gram, alpha):
+    """Shrinks a Gram matrix but for its last row and column."""
+    return jnp.block([[shrunk(gram[:-1, :-1], alpha), gram[:-1, -1:]], [gram[-1:]]])
+
+
+def _regressed(ds, layout, grams, weights):
+    grams = [w * gram for w, gram in zip(weights, grams, strict=True)]
+
+    def merge(*experts):
+        middle = experts[0] + sum(w - experts[0] for w in experts) / len(experts)
+        return regress(experts, grams, middle)
+
+    return on_layers(merge, layout, *ds)
+
+
 @method
-def regmean(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
+def regmean(
+    shrink: Fraction = 0.9,
+    weights: NonNegative = 1.0,
+    biases: Literal["averaged", "joint"] = "averaged",
+):
     r"""Merges every linear layer by least squares on its experts' outputs.
 
     .. math:: W = \Big(\sum_i w_i\hat G_i\Big)^{-1}\sum_i w_i\hat G_iW_i,\qquad
@@ -52,9 +96,12 @@ def regmean(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
         shrink: :math:`\alpha`, in [0, 1]; 1 leaves the Gram matrices as they are, 0 their diagonal.
             The authors take 0.9 or 0.1 by task; search it on validation data.
         weights: w, a number or one per expert.
+        biases: 'averaged', as the authors do, or solved with their kernel as the weights of a
+            constant input of 1.
 
     Returns:
-        A method that needs no base and reads the statistic 'gram' (see `mj.collect.gram`).
+        A method that needs no base and reads the statistic 'gram' (see `mj.collect.gram`), or
+        'affine_gram' (`mj.collect.affine_gram`).
 
     Raises:
         MergeError: a value out of range.
@@ -71,4 +118,6 @@ def regmean(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
     Dataless knowledge fusion by merging weights of language models (Jin et al., 2023,
     arXiv:2212.09849), with the mean Gram matrix per row, as all public codes have it.
     """
-    return chain(by_stats(gram=gram_solve(shrink, weights), otherwise=mean()))
+    solve = by_stats(gram=gram_solve(shrink, weights), otherwise=mean())
+    joint = by_stats(affine_gram=affine_solve(shrink, weights), otherwise=mean())
+    return chain({"averaged": solve, "joint": joint}[biases])

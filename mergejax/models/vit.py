@@ -157,7 +157,7 @@ class Embedding(VisionTransformer):
 def blocks(model: VisionTransformer, params: Mapping[str, Any]) -> list[block_by_block.Block]:
     """The model's steps for `mj.sequential`: the embedding, each block, the norm with the mean.
 
-    The embedding is averaged, as RegMean++ does.
+    The embedding and the last norm are merged without statistics: averaged by RegMean++.
 
     Args:
         model: the vision transformer.
@@ -184,8 +184,8 @@ def blocks(model: VisionTransformer, params: Mapping[str, Any]) -> list[block_by
         block_by_block.Block(
             tuple(sorted(name for name in params if name not in {*names, "norm"})),
             lambda params, images: embedding.apply({"params": params}, images),
-            "average()",
+            calibrated=False,
         ),
         *(block_by_block.Block((name,), middle(name)) for name in names),
-        block_by_block.Block(("norm",), last, "average()"),
+        block_by_block.Block(("norm",), last, calibrated=False),
     ]

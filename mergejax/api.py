@@ -216,7 +216,7 @@ def stream(
         )
 
     def put(name: str, arrays: Sequence[Array]) -> None:
-        parts = {name: arrays}
+        parts: Mapping[str, Sequence[Array]] = {name: arrays}
         if name in layers:
             parts = layers[name].split(arrays, reference, dtype)
         for part, found in parts.items():

@@ -108,7 +108,7 @@ def sequential(
         parts = [_part(tree, block) for tree in several]
         before = None if start is None else _part(start, block)
         apply = jax.jit(block.apply)
-        nothing = {need: [{}] * len(parts) for need in chain.needs}
+        nothing: Mapping[str, Any] = {need: [{}] * len(parts) for need in chain.needs}
         merge_with = functools.partial(
             merge, chain, before, parts, names=names, seed=seed, dtype=dtype
         )

@@ -107,7 +107,7 @@ _FACTS: dict[str, dict[str, Any]] = {
     "cat": {"ordered": True, "neutral": {"scaling": 1.0}},
     "bayesian": {"neutral": {"anchor_scaling": 1.0}},
     "bayesian_data_free": {"neutral": {"anchor_scaling": 1.0}},
-    "featcal": {"neutral": {"scaling": 1.0, "extrapolation": 1.0}},
+    "featcal": {"neutral": {"scaling": 1.0, "extrapolation": 1.0}, "exact": False},
     # Spectral
     "opcm": {"ordered": True, "neutral": {}},
     "tsv_merge": {"neutral": {}},

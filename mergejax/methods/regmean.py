@@ -9,6 +9,7 @@ from mergejax.core import method, reduce
 from mergejax.hyper import Fraction, NonNegative
 from mergejax.leaves import as_matrix
 from mergejax.linalg.regression import on_layers, regress, shrunk
+from mergejax.linalg.spectral import highest
 from mergejax.methods.combine import mean
 from mergejax.methods.elect import per_expert
 
@@ -39,7 +40,8 @@ def gram_solve(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
 def affine_solve(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
     r"""`gram_solve` for a kernel and its bias together, the last row of :math:`[W; b]`.
 
-    Products with the constant one, the inputs' means, are not shrunk.
+    What is shrunk are the covariances of the inputs; their means are not, as the matrix would
+    cease to be positive semi-definite.
 
     Returns:
         A reduction that reads the statistic 'affine_gram' ([N, in + 1, in + 1] float32).
@@ -62,9 +64,13 @@ def affine_solve(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
     return apply
 
 
+@highest()
 def affine_shrunk(gram, alpha):
-    """Shrinks a Gram matrix but for its last row and column."""
-    return jnp.block([[shrunk(gram[:-1, :-1], alpha), gram[:-1, -1:]], [gram[-1:]]])
+    """Shrinks the covariances in a Gram matrix of inputs and a one; the means stay."""
+    mean = gram[:-1, -1:]
+    product = mean @ mean.T
+    inputs = shrunk(gram[:-1, :-1] - product, alpha) + product
+    return jnp.block([[inputs, mean], [gram[-1:]]])
 
 
 def _regressed(ds, layout, grams, weights):

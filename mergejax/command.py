@@ -6,6 +6,7 @@ nothing is written; any other failure with one sentence and status 1. `--debug` 
 
 import argparse
 import json
+import os
 import pathlib
 import shlex
 import sys
@@ -66,9 +67,12 @@ def _merge(given: argparse.Namespace, extra: Sequence[str]) -> None:
         return
     job, problems, _ = prepare(request)
     raise_all(problems.sentences())
+    from mergejax import compiled
     from mergejax.checkpoints import merge
 
     assert job is not None
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        compiled.keep_in(compiled.user_folder())
     merge.run(job, reporter)
 
 

@@ -10,7 +10,6 @@ import re
 import shlex
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +29,10 @@ flags.DEFINE_bool("debug", False, "Whether failures show a traceback.")
 def main(arguments: Sequence[str]) -> None:
     """Runs the job that the flags describe."""
     # Imported here, so that a mistyped flag is answered at once.
-    import jax
     import scipy.linalg  # noqa: F401, so that the library below is loaded
     import threadpoolctl
 
-    from mergejax import experiment, progress, study, suite, workdir
+    from mergejax import compiled, experiment, progress, study, suite, workdir
     from mergejax.eval import tables
 
     logging.set_verbosity(logging.ERROR)  # other libraries tell every step of a checkpoint
@@ -42,11 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         raise errors.MergeError(f"'{arguments[1]}' is no flag; flags start with --")
     folder = pathlib.Path(WORKDIR.value or "")
     workdir.check(folder)
-    jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # JAX writes entries in place, and a thread that meets one half written compiles it itself.
-    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+    compiled.keep_in(folder / "cache")
     # Threads of LAPACK's own get into the way of XLA's: small decompositions take 15 times as long.
     threadpoolctl.threadpool_limits(limits=1, user_api="blas")
     book = workdir.Logbook(progress.Printer())

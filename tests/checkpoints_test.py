@@ -36,7 +36,7 @@ def load(path):
 def small_pieces(monkeypatch):
     """Pieces of 16 and chunks of 32 elements, so that small leaves have several."""
     for module in (pieces, merge):
-        for name, size in (("PIECE", 16), ("CHUNK", 32)):
+        for name, size in (("PIECE", 16), ("MEASURED", 16), ("CHUNK", 32)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, size)
 

@@ -16,7 +16,7 @@ from mergejax.checkpoints import compare
 from mergejax.checkpoints.files import Buffers, Files, ranges
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.job import Problems, open_models
-from mergejax.checkpoints.pieces import PIECE, read_piece
+from mergejax.checkpoints.pieces import MEASURED, read_piece
 from mergejax.checkpoints.request import make_request
 from mergejax.leaves import LeafInfo, describe
 
@@ -103,7 +103,7 @@ def _leaf(info: LeafInfo, models: Sequence[Model], files: Files) -> dict[str, An
     """The sums of one leaf, in float64, and the effective ranks of a kernel."""
     tensors = [model.tensors[info.name] for model in models]
     buffers, total = Buffers(), None
-    for piece in ranges(0, info.size, PIECE):
+    for piece in ranges(0, info.size, MEASURED):
         first, *rest = [read_piece(t, piece, files, buffers, i) for i, t in enumerate(tensors)]
         found = jax.tree.map(lambda x: np.asarray(x, np.float64), _sums(first, rest))
         total = found if total is None else jax.tree.map(np.add, total, found)

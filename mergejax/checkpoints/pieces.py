@@ -1,13 +1,16 @@
 """One part of one leaf, from the files it is read from to the file it is written to.
 
 A chain whose stages are all elementwise runs in pieces of a fixed length, flat, whatever a leaf's
-shape: one program serves the whole model. Other chains see the leaf as it is.
+shape, and the last piece of a leaf is filled up: one program merges the whole model. Other chains
+see the leaf as it is.
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import blake3
@@ -26,7 +29,8 @@ from mergejax.run import LEAFWISE
 from mergejax.step import Due
 
 _OUTPUT = -1  # stands for the merged model where models are counted
-PIECE = 2**18  # elements; a piece of every expert stays in the processor's cache
+PIECE = 2**20  # elements that are merged at once; starting a program takes as long as 2^17 of them
+MEASURED = 2**18  # elements that are measured at once; sums of floats depend on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Work:
         tensors: where its values lie: the base's, if it is read, then the experts'.
         owners: whose the tensors are, in words.
         targets: where the merged values go; to several places for tied weights.
-        blocks: whether it runs in pieces.
+        length: of the pieces in which it is merged, 0 for the leaf as it is.
         program: its stages, its `Leaf` without values, its own numbers; None for a copied leaf.
         rounds: what is measured over this leaf alone, before anything else.
     """
@@ -47,7 +51,7 @@ class Work:
     tensors: Sequence[Tensor]
     owners: Sequence[str]
     targets: Sequence[Tensor]
-    blocks: bool
+    length: int
     program: tuple[Any, Leaf, Any] | None
     rounds: Sequence[Due] = ()
 
@@ -56,15 +60,15 @@ class Work:
         """The type of the merged values."""
         return self.targets[0].dtype
 
-    @property
-    def length(self) -> int:
-        """The elements that are in memory at once."""
-        return PIECE if self.blocks else max(self.info.size, 1)
+    def pieces(self, part: tuple[int, int], measured: bool = False) -> Iterator[tuple[int, int]]:
+        """What of a part is in memory at once."""
+        length = min(self.length, MEASURED) if measured else self.length
+        return ranges(*part, length or max(self.info.size, 1))
 
     def parts(self) -> list[tuple[int, int]]:
         """The parts that are read, run and noted one by one; a leaf in pieces has several."""
         size = self.info.size
-        several = self.blocks and size > CHUNK and not self.rounds
+        several = self.length and size > CHUNK and not self.rounds
         return list(ranges(0, size, CHUNK)) if several else [(0, size)]
 
 
@@ -98,19 +102,32 @@ def section(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 
 def read_piece(
-    tensor: Tensor, piece: tuple[int, int], source: Files, buffers: Buffers, key: Any
+    tensor: Tensor,
+    piece: tuple[int, int],
+    source: Files,
+    buffers: Buffers,
+    key: Any,
+    length: int = 0,
 ) -> np.ndarray:
-    """The elements of a piece, flat; they are overwritten when `key` is used again."""
+    """The elements of a piece, flat, and behind them anything up to `length`.
+
+    They are overwritten when `key` is used again.
+    """
     if tensor.rows is not None:
         look = lambda t, start, stop, i: read_piece(t, (start, stop), source, buffers, (key, i))
-        return tensor.rows.read(*piece, tensor.dtype, look)
+        return _filled(tensor.rows.read(*piece, tensor.dtype, look), length)
     place = section(tensor, *piece)
-    buffer = buffers.take(key, place.bytes)
-    source.read_into(place.path, place.offset, buffer)
-    values = np.frombuffer(buffer, place.dtype, place.size)
+    buffer = buffers.take(key, max(place.bytes, length * place.dtype.itemsize))
+    source.read_into(place.path, place.offset, buffer[: place.bytes])
+    values = np.frombuffer(buffer, place.dtype)
     if tensor.product is None:
         return values
-    return tensor.product.onto(values, *piece)
+    return _filled(tensor.product.onto(values[: place.size], *piece), length)
+
+
+def _filled(x: np.ndarray, length: int) -> np.ndarray:
+    """An array with zeros behind it, of at least a given length."""
+    return x if x.size >= length else np.concatenate([x, np.zeros(length - x.size, x.dtype)])
 
 
 def start_of(index: int) -> np.ndarray:
@@ -144,6 +161,9 @@ class Runner:
         self.inputs, self.outputs = Files(), Files(files.os.O_RDWR | files.os.O_CREAT)
         self._buffers = Buffers()
         self._own: dict[str, Any] = {}  # what leaves measured over themselves
+        # A program is compiled by the first thread that needs it while others wait.
+        self._turns: dict[Any, Any] = collections.defaultdict(threading.Lock)
+        self._compiled: set[Any] = set()
         self.broken = threading.Event()  # something is not finite: inputs are still looked at
 
     def close(self) -> None:
@@ -204,22 +224,25 @@ class Runner:
     ) -> Any:
         """Goes through a part once: measures what is due, or writes the result."""
         found = None
-        for piece in ranges(*part, work.length):
-            values = [self._read(work, i, piece) for i in range(len(work.tensors))]
+        for piece in work.pieces(part, measured=due is not None):
+            size, length = piece[1] - piece[0], 0 if due is not None else work.length
+            values = [self._read(work, i, piece, length) for i in range(len(work.tensors))]
             if fresh:
-                bad += self._look_at(work, values, piece[0], hashers)
+                bad += self._look_at(work, [x[:size] for x in values], piece[0], hashers)
             if self.broken.is_set():
                 continue
             result = self._compute(work, values, piece[0], seen, due)
             if due is None:
+                result = np.asarray(result).reshape(-1)[:size]
                 bad += self._write(work, piece[0], result, hashers, bad)
             else:
                 total = jax.tree.map(LEAFWISE.total, result)
                 found = total if found is None else jax.tree.map(np.add, found, total)
         return found
 
-    def _read(self, work: Work, index: int, piece: tuple[int, int]) -> np.ndarray:
-        return read_piece(work.tensors[index], piece, self.inputs, self._buffers, index)
+    def _read(self, work: Work, index: int, piece: tuple[int, int], length: int = 0) -> np.ndarray:
+        tensor = work.tensors[index]
+        return read_piece(tensor, piece, self.inputs, self._buffers, index, length)
 
     def _look_at(
         self, work: Work, values: Sequence[np.ndarray], start: int, hashers: dict
@@ -228,9 +251,7 @@ class Runner:
         bad = []
         for i, (owner, x) in enumerate(zip(work.owners, values, strict=True)):
             _feed(hashers, i, start, x)
-            if work.program is not None and not files.is_finite(
-                x, self._buffers.take("scratch", x.nbytes)
-            ):
+            if work.program is not None and not files.is_finite(x):
                 bad.append((owner, files.count_non_finite(x)))
                 self.broken.set()
         return bad
@@ -239,23 +260,28 @@ class Runner:
         if work.program is None:
             return values[0]
         placed, leaf, local = work.program
-        if not work.blocks:
+        if not work.length:
             values = [x.reshape(work.info.shape) for x in values]
         values = [x.astype(np.float32) if x.dtype == np.float64 else x for x in values]
         leaf = leaf.replace(start=start_of(start), base=values[0] if self._has_base else None)
-        if work.blocks:
-            cut = slice(start, start + values[0].size)
-            leaf = leaf.replace(stats=jax.tree.map(lambda x: x.reshape(-1)[cut], leaf.stats))
+        if work.length:
+            size = values[0].size
+            cut = lambda x: _filled(np.asarray(x).reshape(-1)[start : start + size], size)
+            leaf = leaf.replace(stats=jax.tree.map(cut, leaf.stats))
         experts = values[1:] if self._has_base else values
         dtype = jax.dtypes.canonicalize_dtype(work.dtype)
-        return _program(
-            placed, leaf, experts, self._names, self._seed, seen, local, due=due, dtype=dtype
-        )
+        kind = due, dtype, *((x.shape, x.dtype) for x in values)
+        with contextlib.nullcontext() if kind in self._compiled else self._turns[kind]:
+            found = _program(
+                placed, leaf, experts, self._names, self._seed, seen, local, due=due, dtype=dtype
+            )
+            self._compiled.add(kind)
+        return found
 
-    def _write(self, work: Work, start: int, result: Any, hashers: dict, bad: list) -> list:
-        merged = np.asarray(result).reshape(-1).astype(work.dtype, copy=False)
+    def _write(self, work: Work, start: int, result: np.ndarray, hashers: dict, bad: list) -> list:
+        merged = result.astype(work.dtype, copy=False)
         changed = work.program is not None or work.tensors[0].dtype != merged.dtype
-        if changed and not files.is_finite(merged, self._buffers.take("scratch", merged.nbytes)):
+        if changed and not files.is_finite(merged):
             self.broken.set()
             return [] if bad else [("", files.count_non_finite(merged))]
         _feed(hashers, _OUTPUT, start, merged)
@@ -267,7 +293,7 @@ class Runner:
     def digests_of(self, work: Work, part: tuple[int, int]) -> list[list[str]]:
         """The digests of the inputs of a part, as `run` takes them; nothing else is done."""
         hashers: dict[tuple[int, int], Any] = {}
-        for piece in ranges(*part, work.length):
+        for piece in work.pieces(part):
             for i in range(len(work.tensors)):
                 _feed(hashers, i, piece[0], self._read(work, i, piece))
         return [_digests(hashers, i) for i in range(len(work.tensors))]

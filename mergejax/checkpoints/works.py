@@ -28,6 +28,7 @@ def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
     read = [*([job.base] if job.reads_base and job.base else []), *job.experts]
     owners = [owner_of(model, job.base) for model in read]
     works = []
+    length = min(pieces.PIECE, max(info.size for info in job.merged))
     for info in job.merged:
         placed, rounds = in_blocks(job.plan.placed[info.name])
         blocks = _is_elementwise(placed)
@@ -40,12 +41,12 @@ def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
         tensors = [model.tensors[info.name] for model in read]
         several = [f"{o} ({t.source})" for o, t in zip(owners, tensors, strict=True)]
         places = _places(job, targets, info.name)
-        works.append(Work(info, tensors, several, places, blocks, program, rounds))
+        works.append(Work(info, tensors, several, places, length * blocks, program, rounds))
     for info in job.copied:
         tensor = job.reference.tensors[info.name]
         owner = [owner_of(job.reference, job.base)]
         places = _places(job, targets, info.name)
-        works.append(Work(info, [tensor], owner, places, True, None))
+        works.append(Work(info, [tensor], owner, places, pieces.PIECE, None))
     place = {name: (str(min(t.paths)), t.offset) for name, t in job.reference.tensors.items()}
     # Large leaves that are one part come first, so that no processor waits for them at the end.
     alone = lambda work: len(work.parts()) == 1 and work.info.size > CHUNK
@@ -94,10 +95,10 @@ def memory_problems(job: Job, works: Sequence[Work]) -> list[str]:
 
 def part_memory(work: Work) -> int:
     """An upper bound of what working on one part of a leaf takes, in bytes."""
-    length = min(pieces.PIECE, work.info.size) if work.blocks else work.info.size
+    length = work.length or work.info.size
     stored = sum(tensor.dtype.itemsize for tensor in work.tensors)
     stats = jax.tree.leaves(work.program[1].stats) if work.program else []
-    read = sum(min(x.size, length) if work.blocks else 2 * x.size for x in stats)
+    read = sum(min(x.size, length) if work.length else 2 * x.size for x in stats)
     return length * (stored + 4 * (2 * len(work.tensors) + 4)) + 4 * read + 2**20
 
 

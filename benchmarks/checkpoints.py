@@ -137,14 +137,19 @@ def theirs(
     return [*shlex.split(program), str(path), str(out), "--no-copy-tokenizer", "--lazy-unpickle"]
 
 
+def environment() -> dict[str, str]:
+    """Of the processes: this library, its modules kept compiled as those of installed ones are."""
+    kept = {n: x for n, x in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": str(ROOT)}
+
+
 def timed(command: Sequence[str], out: pathlib.Path) -> Cost:
-    """Runs a process and times it."""
+    """Runs a process and times it; what an interrupted one staged is continued."""
     shutil.rmtree(out, ignore_errors=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     before = os.times()
     started = time.perf_counter()
     silent = subprocess.DEVNULL
-    subprocess.run(command, check=True, env=environment, stdout=silent, stderr=silent)
+    subprocess.run(command, check=True, env=environment(), stdout=silent, stderr=silent)
     wall = time.perf_counter() - started
     after = os.times()
     used = after.children_user + after.children_system
@@ -154,9 +159,8 @@ def timed(command: Sequence[str], out: pathlib.Path) -> Cost:
 def watched(command: Sequence[str], out: pathlib.Path) -> tuple[int, int]:
     """Peak resident and anonymous bytes of a process and all its children."""
     shutil.rmtree(out, ignore_errors=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     silent = subprocess.DEVNULL
-    process = subprocess.Popen(command, env=environment, stdout=silent, stderr=silent)
+    process = subprocess.Popen(command, env=environment(), stdout=silent, stderr=silent)
     peaks = [0, 0]
     while process.poll() is None:
         now = [0, 0]
@@ -192,6 +196,23 @@ def memory(process: int) -> tuple[int, int]:
     return int(held.get("VmRSS", 0)) * 1024, int(held.get("RssAnon", 0)) * 1024
 
 
+def interrupted(command: Sequence[str], out: pathlib.Path, share: float) -> None:
+    """Starts a merge and kills it when a share of the output is written."""
+    shutil.rmtree(out, ignore_errors=True)
+    staging = out.with_name(f".{out.name}.merging")
+    shutil.rmtree(staging, ignore_errors=True)
+    size = sum(path.stat().st_size for path in (out.parent / "base").glob("*.safetensors"))
+    silent = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=environment(), stdout=silent, stderr=silent)
+    while process.poll() is None:
+        files = list((staging / "files").glob("*.safetensors"))
+        if sum(path.stat().st_blocks * 512 for path in files) > share * size:
+            process.kill()
+            break
+        time.sleep(0.002)
+    process.wait()
+
+
 def copied(folder: pathlib.Path, out: pathlib.Path) -> Cost:
     """What `cp` of one model takes."""
     return timed(["cp", "-r", str(folder / "base"), str(out)], out)
@@ -213,6 +234,12 @@ def main() -> None:
     parser.add_argument("--folder", help="where the files are made, or lie from an earlier run")
     parser.add_argument("--mergekit", help="command of the peer, such as venv/bin/mergekit-yaml")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument(
+        "--resume",
+        type=float,
+        metavar="SHARE",
+        help="kill merges when this share is written; processor time of whole and continued ones",
+    )
     given = parser.parse_args()
     folder = pathlib.Path(given.folder or tempfile.mkdtemp(prefix="mergejax-benchmark-"))
     if not (folder / "base").is_dir():
@@ -229,6 +256,13 @@ def main() -> None:
         if given.mergekit and peer:
             commands["mergekit"] = theirs(folder, given.mergekit, peer, settings, count, out)
         reads = count + (0 if name in ("linear", "SLERP") else 1)
+        if given.resume:
+            whole = timed(commands["mergejax"], out)
+            interrupted(commands["mergejax"], out, given.resume)
+            rest = timed(commands["mergejax"], out)
+            share = rest.processor / whole.processor
+            print(f"{name}: {whole.processor:.2f} s, continued {rest.processor:.2f} s, {share:.0%}")
+            continue
         for who, command in commands.items():
             found = measure(command, out, given.runs)
             speed = (reads + 1) * model / 1e9 / found.wall

@@ -46,7 +46,7 @@ def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
         tensor = job.reference.tensors[info.name]
         owner = [owner_of(job.reference, job.base)]
         places = _places(job, targets, info.name)
-        works.append(Work(info, [tensor], owner, places, pieces.PIECE, None))
+        works.append(Work(info, [tensor], owner, places, min(pieces.PIECE, info.size), None))
     place = {name: (str(min(t.paths)), t.offset) for name, t in job.reference.tensors.items()}
     # Large leaves that are one part come first, so that no processor waits for them at the end.
     alone = lambda work: len(work.parts()) == 1 and work.info.size > CHUNK

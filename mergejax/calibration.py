@@ -103,9 +103,16 @@ def statistics(
         By name a list with one tree per expert, in the order of the tasks.
 
     Raises:
-        MergeError: a statistic that has no collector.
+        MergeError: a statistic that has no collector, a task without examples, files of other
+            experts.
     """
     check_known(needs)
+    empty = [name for name, task in tasks.items() if needs and not len(task.train)]
+    if empty:
+        raise errors.MergeError(
+            f"{errors.some(empty)} has no training example to collect {', '.join(needs)} from; "
+            "leave the task out, or choose methods that need no data"
+        )
     found: dict[str, list[Tree]] = {}
     for need in needs:
         words = [need, *(noted(settings, [need]) or {}).values()]

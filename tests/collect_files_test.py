@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 import mergejax as mj
+from mergejax import calibration, data
 from mergejax.collect import Statistics, add, fisher, gram, load, save
 
 MODEL = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(3)])
@@ -120,3 +121,11 @@ def test_files_that_do_not_fit_are_refused(collected, tmp_path):
     with pytest.raises(ValueError, match=r"holds no statistics; they are written by mj\.collect"):
         load(path, params)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_task_without_examples_is_told(tmp_path):
+    nothing = data.task.Split(np.zeros((0, 8, 8, 1), np.float32), np.zeros(0, np.int32))
+    tasks = {"empty": data.task.Task("empty", nothing, nothing, nothing, ("a", "b"), "empty")}
+    with pytest.raises(ValueError, match="'empty' has no training example to collect gram from"):
+        calibration.statistics(["gram"], None, tasks, None, tmp_path, None)
+    assert not list(tmp_path.iterdir())

@@ -57,7 +57,7 @@ def test_gram_matrices_are_those_of_the_activations_in_torch(kind, size, layers)
     model, config = kind()
     images = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(np.float32)
     module, variables = mj.models.from_torch(model.state_dict(), config)
-    places = mj.models.transfer.plan_of(model.state_dict(), config).places
+    plan = mj.models.transfer.plan_of(model.state_dict(), config)
     rest = {name: tree for name, tree in variables.items() if name != "params"}
 
     def apply(params, batch):
@@ -65,7 +65,7 @@ def test_gram_matrices_are_those_of_the_activations_in_torch(kind, size, layers)
 
     grams = mj.collect.gram(apply, variables["params"], [images])
     expected = by_hand(model, images.transpose(0, 3, 1, 2))
-    names = {name: places[f"params/{name}"].name for name in grams}
+    names = {name: plan.given[plan.places[f"params/{name}"].name] for name in grams}
     assert sorted(names.values()) == sorted(expected)
     assert len(expected) == layers
     for name, found in grams.items():

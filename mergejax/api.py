@@ -22,11 +22,12 @@ from mergejax.door import (
     unknown_statistics,
 )
 from mergejax.errors import MergeError, did_you_mean, raise_all
+from mergejax.language import as_chain
 from mergejax.leaves import BUFFER, HEAD, LeafInfo, describe, is_counter, is_floating
 from mergejax.methods.combine import mean
 from mergejax.methods.permute import join, take_units
 from mergejax.plan import make_plan
-from mergejax.registry import as_chain, known_statistics
+from mergejax.registry import known_statistics
 from mergejax.run import LEAFWISE, TRACED, Progress, Settings, Sink, Values, execute
 
 COUNTS = ("all", "changed")

@@ -10,7 +10,7 @@ from flax import serialization
 from mergejax import collect
 from mergejax.api import merge
 from mergejax.errors import MergeError, raise_all, some
-from mergejax.registry import as_chain
+from mergejax.language import as_chain
 
 Tree = Any
 

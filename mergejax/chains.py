@@ -104,7 +104,8 @@ def reduces(node: Node) -> bool:
         >>> reduces(mj.ties()), reduces(mj.drop())
         (True, False)
     """
-    return any(stage.kind in ("reduce", "fold") for stage in walk(node))
+    kinds = {stage.kind for stage in walk(node)}
+    return bool(kinds & {"reduce", "fold"}) and "restore" not in kinds
 
 
 def chain(*items: Node) -> Chain:
@@ -252,21 +253,7 @@ def expand(node: Node, info: Any, path: str = "") -> list[Placed]:
     return [enter, *expand(node.inner, info, f"{path}/inner"), leave]
 
 
-def check_order(placed: Sequence[Placed], shown: str) -> list[str]:
-    """One sentence for every stage that cannot stand where it stands."""
-    problems = []
-    reduced = False
-    for stage in (p.stage for p in placed if p.role == "apply"):
-        label = stage.factory.name
-        if stage.kind in ("joint", "reduce", "fold") and reduced:
-            problems.append(
-                f"'{label}' needs all experts, but the chain {shown} has already reduced them to "
-                f"one; put it before the reduction"
-            )
-        if stage.kind == "refine" and not reduced:
-            problems.append(
-                f"'{label}' refines a merged delta, but nothing before it in the chain {shown} "
-                "reduces the experts to one; put it behind total(), mean() or a named method"
-            )
-        reduced = reduced or stage.kind in ("reduce", "fold")
-    return problems
+def reduction(placed: Sequence[Placed]) -> int:
+    """Where the experts are reduced to one: an index, or the length where they are not."""
+    kinds = [p.stage.kind if p.role == "apply" else "" for p in placed]
+    return next((i for i, kind in enumerate(kinds) if kind in ("reduce", "fold")), len(placed))

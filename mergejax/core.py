@@ -129,7 +129,6 @@ class Factory:
     needs: tuple[str, ...] = ()
     experts: int | None = None
     at_least: int = 1
-    per_expert: tuple[str, ...] = ()  # numbers of a refinement that may be lists, one per expert
 
     @property
     def name(self) -> str:
@@ -139,6 +138,14 @@ class Factory:
     def data_names(self) -> tuple[str, ...]:
         hints = typing.get_type_hints(self.function, include_extras=True)
         return tuple(n for n, hint in hints.items() if hyper.interval_of(hint) is not None)
+
+    @functools.cached_property
+    def per_expert(self) -> tuple[str, ...]:
+        """The numbers that may be lists, with one number per expert."""
+        if self.kind in ("each", "fold", "method"):  # these see one expert at a time
+            return self.data_names
+        hints = typing.get_type_hints(self.function, include_extras=True)
+        return tuple(n for n in self.data_names if hyper.is_per_expert(hints[n]))
 
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
@@ -236,6 +243,8 @@ def _decorator(kind: str, space: Space = "delta") -> Callable[..., Any]:
         @functools.wraps(function)
         def make(*args: Any, **kwargs: Any) -> Any:
             stage = Stage(factory, hyper.bind(function, args, kwargs))
+            single = {n: v for n, v in stage.data.items() if n not in factory.per_expert}
+            hyper.refuse_lists(factory.name, single)
             stage.build()  # what the function itself refuses is refused here, not while merging
             return stage
 
@@ -250,6 +259,7 @@ joint = _decorator("joint")
 reduce = _decorator("reduce")
 fold = _decorator("fold")
 refine = _decorator("refine")
+restore = _decorator("restore")
 method = _decorator("method", "either")
 coordinates = _decorator("coordinates", "either")
 each.__doc__ = """Declares a stage for one expert's delta: (d, leaf, seen) -> d.
@@ -264,6 +274,10 @@ reduce.__doc__ = (
 )
 fold.__doc__ = "Declares a reduction one expert at a time: (state, d, leaf, seen) -> state."
 refine.__doc__ = "Declares a stage behind the reduction: (merged, ds, leaf, seen) -> merged."
+restore.__doc__ = """Declares a stage that ends a chain with one model per expert again.
+
+(merged, ds, leaf, seen) -> list of arrays, behind the reduction.
+"""
 coordinates.__doc__ = """Declares coordinates for `within`: a pair of functions, there and back.
 
 (ds, leaf) -> (ds', context) with lists of arrays, and (x, context, leaf) -> x.

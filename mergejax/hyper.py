@@ -1,4 +1,4 @@
-"""Hyper-parameters: numbers that travel as data, rules that differ from leaf to leaf, checks.
+"""Hyper-parameters: numbers that travel as data, what they may be, checks.
 
 A factory's signature says everything: a parameter annotated `Annotated[Number, Interval(...)]`
 (the aliases below) is data, so another value never recompiles and may be traced; any other
@@ -7,9 +7,8 @@ parameter (a string choice, a rank, a switch) is static.
 
 import inspect
 import math
-import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax.errors import MergeError, did_you_mean, raise_all
+from mergejax.varying import Rule, choices, holds_list
 
 
 class Interval(NamedTuple):
@@ -39,129 +39,26 @@ class Interval(NamedTuple):
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
 
-@jax.tree_util.register_pytree_node_class
-class ByName:
-    """Values chosen by regular expressions on the leaf's name; the first match wins."""
+class Least(NamedTuple):
+    """The least value that a whole number may take which is static: a count, a number of steps."""
 
-    def __init__(self, values: Mapping[str, Any]):
-        self.values = dict(values)
-
-    def at(self, name: str, depth: float) -> Any:
-        for pattern, value in self.values.items():
-            if re.search(pattern, name):
-                return resolve(value, name, depth)
-        raise MergeError(
-            f"leaf '{name}' is matched by no pattern of by_name({list(self.values)}); "
-            "add a last pattern '.*' that holds the value for all other leaves"
-        )
-
-    def unmatched(self, names: Sequence[str]) -> list[str]:
-        """The patterns that match none of the names."""
-        return [p for p in self.values if not any(re.search(p, name) for name in names)]
-
-    def __repr__(self) -> str:
-        return f"by_name({self.values})"
-
-    def tree_flatten(self):
-        return list(self.values.values()), tuple(self.values)
-
-    @classmethod
-    def tree_unflatten(cls, patterns, values):
-        return cls(dict(zip(patterns, values, strict=True)))
+    value: int
 
 
-@jax.tree_util.register_pytree_node_class
-class ByDepth:
-    """Values spread evenly over the depth [0, 1], linear in between."""
-
-    def __init__(self, values: Sequence[Any]):
-        self.values = list(values)
-
-    def at(self, name: str, depth: float) -> Any:
-        del name
-        position = min(max(float(depth), 0.0), 1.0) * (len(self.values) - 1)
-        low = min(int(position), max(len(self.values) - 2, 0))
-        share = position - low
-        if share == 0.0:
-            return self.values[low]
-        before, after = self.values[low], self.values[low + 1]
-        if isinstance(before, list | tuple):  # one number per expert
-            return [(1 - share) * a + share * b for a, b in zip(before, after, strict=True)]
-        return (1 - share) * before + share * after
-
-    def __repr__(self) -> str:
-        return f"by_depth({self.values})"
-
-    def tree_flatten(self):
-        return list(self.values), None
-
-    @classmethod
-    def tree_unflatten(cls, _, values):
-        return cls(values)
-
-
-def by_name(values: Mapping[str, Any]) -> ByName:
-    """A hyper-parameter that depends on the leaf's name.
-
-    Args:
-        values: regular expressions (`re.search` on the leaf's name) and the value of each: a
-            number, a list with one number per expert, or a `by_depth`. The first match wins.
-
-    Returns:
-        A rule to pass in place of a number.
-
-    Raises:
-        MergeError: no pattern is given; when merging: a pattern matches no leaf, or a leaf no
-            pattern.
-
-    Example:
-        >>> by_name({'attention': 0.5, '.*': 0.3}).at('block_0/attention/kernel', 0.0)
-        0.5
-    """
-    if not values:
-        raise MergeError("by_name() needs at least one pattern, for instance {'.*': 0.3}")
-    for pattern in values:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise MergeError(
-                f"by_name: '{pattern}' is not a regular expression ({error})"
-            ) from None
-    return ByName(values)
-
-
-def by_depth(values: Sequence[Any]) -> ByDepth:
-    """A hyper-parameter that is piecewise linear over the depth of the network.
-
-    Args:
-        values: numbers, or lists with one number per expert, at equal distances from the first
-            block (depth 0) to the last (depth 1).
-            Leaves before the blocks take the first value, leaves behind them the last.
-
-    Returns:
-        A rule to pass in place of a number.
-
-    Raises:
-        MergeError: no value is given.
-
-    Example:
-        >>> by_depth([0.0, 1.0, 0.5]).at('block_3/kernel', 0.75)
-        0.75
-    """
-    if not len(values):
-        raise MergeError("by_depth() needs at least one value, for instance [0.1, 0.9]")
-    return ByDepth(values)
-
-
-Rule = ByName | ByDepth
 # A number, a list with one number per expert, or a rule; inside a factory always an array or float.
 Number = Any
+# In a stage that sees all experts together, only what is named in the plural may be a list.
+PER_EXPERT = "one number per expert"
 Scaling = Annotated[Number, Interval()]
-Weights = Annotated[Number, Interval()]
 Density = Annotated[Number, Interval(0, 1, open_low=True)]
 Fraction = Annotated[Number, Interval(0, 1)]
 Positive = Annotated[Number, Interval(0, math.inf, open_low=True)]
 NonNegative = Annotated[Number, Interval(0, math.inf)]
+Weights = Annotated[Scaling, PER_EXPERT]
+Positives = Annotated[Positive, PER_EXPERT]
+NonNegatives = Annotated[NonNegative, PER_EXPERT]
+Whole = Annotated[int, Least(0)]
+Count = Annotated[int, Least(1)]
 
 
 def interval_of(annotation: Any) -> Interval | None:
@@ -171,9 +68,16 @@ def interval_of(annotation: Any) -> Interval | None:
     return None
 
 
-def resolve(value: Any, name: str, depth: float) -> Any:
-    """Replaces a rule by its value for one leaf."""
-    return value.at(name, depth) if isinstance(value, Rule) else value
+def least_of(annotation: Any) -> int | None:
+    """The least value of a static whole number; None for anything else."""
+    if typing.get_origin(annotation) is Annotated:
+        return next((m.value for m in annotation.__metadata__ if isinstance(m, Least)), None)
+    return None
+
+
+def is_per_expert(annotation: Any) -> bool:
+    """Whether a data parameter may be a list where a stage sees all experts together."""
+    return PER_EXPERT in annotation.__metadata__
 
 
 def is_traced(value: Any) -> bool:
@@ -238,20 +142,20 @@ def bind(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     return dict(bound.arguments)
 
 
-def refuse_lists(label: str, **numbers: Any) -> None:
+def refuse_lists(label: str, numbers: Mapping[str, Any]) -> None:
     """Refuses lists for numbers that hold for all experts together.
 
     Raises:
         MergeError: one sentence for each list.
 
     Example:
-        >>> refuse_lists('swudi', time=300.0)
+        >>> refuse_lists('swudi', {'time': 300.0})
     """
     raise_all(
         [
-            f"{label}({name}={list(value)}) holds for all experts together; give one number"
+            f"{label}({name}={value}) holds for all experts together; give one number"
             for name, value in numbers.items()
-            if isinstance(value, list | tuple)
+            if holds_list(value)
         ]
     )
 
@@ -263,6 +167,9 @@ def _problems(label: str, annotation: Any, value: Any) -> list[str]:
     if typing.get_origin(annotation) is Literal and value not in typing.get_args(annotation):
         choices = [str(choice) for choice in typing.get_args(annotation)]
         return [f"{label}: {value!r} is not a choice, {did_you_mean(str(value), choices)}"]
+    least = least_of(annotation)
+    if least is not None and not (_is_exactly(value, int) and value >= least):
+        return [f"{label} must be a whole number of at least {least}, not {value!r}"]
     if annotation in (int, bool, str) and not _is_exactly(value, annotation):
         return [f"{label} must be of type {annotation.__name__}, not {value!r}"]
     return []
@@ -274,8 +181,7 @@ def _is_exactly(value: Any, kind: type) -> bool:
 
 def _numbers(value: Any) -> list[Any]:
     if isinstance(value, Rule):
-        nested = value.values.values() if isinstance(value, ByName) else value.values
-        return [number for item in nested for number in _numbers(item)]
+        return [number for item in choices(value) for number in _numbers(item)]
     if isinstance(value, (list, tuple)):
         return [number for item in value for number in _numbers(item)] or ["an empty list"]
     if isinstance(value, np.ndarray | jax.Array) and not is_traced(value):

@@ -15,10 +15,10 @@ import numpy as np
 from mergejax.chains import Placed, chain
 from mergejax.door import Tree, check_alike, leaves_by_name, merged_buffer
 from mergejax.errors import MergeError, raise_all
+from mergejax.language import as_chain
 from mergejax.leaves import BUFFER, HEAD, LeafInfo, describe, is_counter
 from mergejax.methods.combine import mean
 from mergejax.plan import Plan, make_plan, remember
-from mergejax.registry import as_chain
 from mergejax.run import Settings, Values, execute
 
 State = dict[str, Any]
@@ -137,7 +137,7 @@ def _fold_of(placed: list[Placed], shown: str) -> int:
         f"'{p.stage.factory.name}' in the chain {shown} needs all experts at once and cannot be "
         "merged continually; use mj.merge, or a method whose reduction is a fold, such as opcm()"
         for p in placed
-        if p.stage.kind in ("joint", "reduce", "refine") or p.role != "apply"
+        if p.stage.kind in ("joint", "reduce", "refine", "restore") or p.role != "apply"
     ]
     folds = [i for i, p in enumerate(placed) if p.stage.kind == "fold"]
     if not folds and not problems:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mergejax import hyper
+from mergejax import varying
 from mergejax.errors import MergeError, raise_all
 
 STEP = 0.15  # of a local step, as a share of the range
@@ -20,13 +20,13 @@ class Found(NamedTuple):
         trials: every point that was tried, with its score.
     """
 
-    best: dict[str, hyper.ByName]
+    best: dict[str, varying.ByName]
     score: float
-    trials: list[tuple[dict[str, hyper.ByName], float]]
+    trials: list[tuple[dict[str, varying.ByName], float]]
 
 
 def search_groups(
-    score: Callable[[dict[str, hyper.ByName]], float],
+    score: Callable[[dict[str, varying.ByName]], float],
     groups: Sequence[str],
     space: Mapping[str, tuple[float, float, str]],
     *,
@@ -72,12 +72,12 @@ def search_groups(
     rng = np.random.default_rng(seed)
     tried: list[tuple[np.ndarray, float]] = []
 
-    def rules(point: np.ndarray) -> dict[str, hyper.ByName]:
+    def rules(point: np.ndarray) -> dict[str, varying.ByName]:
         values = np.where(logs, np.exp(np.where(logs, point, 0)), point)
         found: dict[str, dict[str, Any]] = {parameter: {} for parameter in space}
         for (parameter, group), value in zip(names, values, strict=True):
             found[parameter][group] = float(value)
-        return {parameter: hyper.by_name(known) for parameter, known in found.items()}
+        return {parameter: varying.by_name(known) for parameter, known in found.items()}
 
     for number in range(trials):
         if number < (trials + 1) // 2:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import hyper
-from mergejax.chains import Chain, Placed, check_order, expand
+from mergejax import hyper, varying
+from mergejax.chains import Chain, Placed, expand, reduction
+from mergejax.checks import check_numbers, check_order
 from mergejax.core import Round, Stage
 from mergejax.errors import raise_all
 from mergejax.leaves import STATISTIC, LeafInfo
@@ -92,11 +93,12 @@ def make_plan(
     distinct = {tuple(p.path for p in expanded): expanded for expanded in placed.values()}
     merged: set[str] = set()
     for expanded in distinct.values():
-        problems += check_order(expanded, repr(method))
-        problems += _check_numbers(expanded, experts, has_base, merged)
+        problems += check_order(method, expanded)
+        problems += check_numbers(method, expanded, experts, has_base)
+        merged.update(p.path for p in expanded[reduction(expanded) + 1 :])
     for path, stage in stages.items():
         for value in stage.data.values():
-            if isinstance(value, hyper.ByName):
+            if isinstance(value, varying.ByName):
                 problems += [
                     f"{stage.factory.name}: pattern '{pattern}' of by_name matches no leaf"
                     for pattern in value.unmatched(names_of[path])
@@ -133,58 +135,15 @@ def _rounds(placed: Placed) -> int:
     return len(placed.stage.build().rounds)
 
 
-def _check_numbers(
-    expanded: Sequence[Placed], experts: int, has_base: bool, merged: set[str]
-) -> list[str]:
-    problems = []
-    reduced = False
-    for p in expanded:
-        stage, label = p.stage, p.stage.factory.name
-        if p.role != "apply":
-            continue
-        if stage.factory.space == "delta" and not has_base:
-            problems.append(f"{label} works on deltas and needs a base; pass the base model")
-        if stage.factory.experts not in (None, experts):
-            count = stage.factory.experts or 0
-            several = f"{count} expert{'s' if count > 1 else ''}"
-            problems.append(f"{label} takes exactly {several}, not {experts}")
-        if experts < stage.factory.at_least:
-            problems.append(f"{label} takes at least {stage.factory.at_least} experts, not 1")
-        for name, value in stage.data.items():
-            length = _length(value)
-            behind = reduced and name not in stage.factory.per_expert
-            if length is not None and (length != experts or behind):
-                problems.append(
-                    f"{label}({name}=...) has {length} numbers, but "
-                    + ("stands behind the reduction, where it takes one" if behind else "")
-                    + ("" if behind else f"there are {experts} experts")
-                )
-            if isinstance(value, hyper.Rule) and stage.build().rounds:
-                problems.append(
-                    f"{label}({name}=...) sets one number for the whole model and cannot differ "
-                    "from leaf to leaf; give a number, or scope='tensor' where there is one"
-                )
-        if reduced:
-            merged.add(p.path)
-        reduced = reduced or stage.kind in ("reduce", "fold")
-    return problems
-
-
-def _length(value: Any) -> int | None:
-    if isinstance(value, list | tuple):
-        return len(value)
-    return value.shape[0] if getattr(value, "ndim", 0) == 1 else None
-
-
 def _resolve(placed: list[Placed], info: LeafInfo) -> list[Placed]:
     """Replaces rules by numbers; a leaf of stacked layers gets one number a layer."""
 
     def at(stage: Stage, depth: float) -> Stage:
-        data = {n: hyper.resolve(v, info.name, depth) for n, v in stage.data.items()}
+        data = {n: varying.resolve(v, info.name, depth) for n, v in stage.data.items()}
         return stage.with_data(data)
 
     if info.layers is None:
-        rules = any(isinstance(v, hyper.Rule) for p in placed for v in p.stage.data.values())
+        rules = any(isinstance(v, varying.Rule) for p in placed for v in p.stage.data.values())
         if not rules:
             return placed  # the same object for all leaves of a kind
         return [dataclasses.replace(p, stage=at(p.stage, info.depth)) for p in placed]

@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 from flax import traverse_util
 
-from mergejax import api, calibration, compress, errors, registry, search, train, workdir
+from mergejax import api, calibration, compress, errors, language, search, train, workdir
 from mergejax.data import corrupt
 from mergejax.data.task import Task
 from mergejax.eval import predict
@@ -224,7 +224,7 @@ def fewer(run: Job, count: int) -> Job:
 
 def needs(chains: Sequence[str]) -> list[str]:
     """The statistics that chains read, each once."""
-    found = (need for chain in chains for need in registry.parse(chain).needs)
+    found = (need for chain in chains for need in language.parse(chain).needs)
     return list(dict.fromkeys(found))
 
 
@@ -301,10 +301,10 @@ def _former(run: Job, known: Mapping[str, Record], name: str, chains: list[str])
         return name if same else None
     if len(chains) > 1:
         return None
-    wanted = repr(registry.parse(chains[0]))
+    wanted = repr(language.parse(chains[0]))
     for other, record in known.items():
         there = record["kind"] == "merge" and record["calibration"] == calibrated
-        if there and repr(registry.parse(record["chain"])) == wanted:
+        if there and repr(language.parse(record["chain"])) == wanted:
             return other
     return None
 

@@ -10,7 +10,7 @@ from mergejax import lowrank
 from mergejax.chains import Branch, Chain, Node, Within, walk
 from mergejax.core import Stage
 from mergejax.errors import MergeError, did_you_mean
-from mergejax.hyper import interval_of
+from mergejax.hyper import interval_of, least_of
 from mergejax.registry import METHODS, PIECES, Entry
 
 _INTRODUCTION = """# Methods
@@ -163,6 +163,9 @@ def _values(hint: Any) -> str:
     interval = interval_of(hint)
     if interval is not None:
         return str(interval)
+    least = least_of(hint)
+    if least is not None:
+        return f"whole, from {least}"
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{choice!r}`" for choice in typing.get_args(hint))
     return f"`{getattr(hint, '__name__', hint)}`"

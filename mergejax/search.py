@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import api, chains, errors, registry
+from mergejax import api, chains, errors, language, registry
 
 Tree = Any
 EMPHASIS = "emphasis"  # a weight that each expert in turn has, the others having 1
@@ -136,7 +136,7 @@ def settings(method: str, grid: Mapping[str, Any], experts: int) -> list[str]:
         hint = errors.did_you_mean(method, (*known(), *registry.PIECES))
         raise errors.MergeError(f"config.methods: no method is called '{method}', {hint}")
     if method not in RECIPES:
-        registry.parse(method)
+        language.parse(method)
         return [method if "(" in method else f"{method}()"]
     values = {
         name: _emphasised(found, experts) if name == EMPHASIS else tuple(found)
@@ -146,7 +146,7 @@ def settings(method: str, grid: Mapping[str, Any], experts: int) -> list[str]:
     template = RECIPES[method].template
     found = [template.format(**dict(zip(values, point, strict=True))) for point in points]
     for chain in found:
-        registry.parse(chain)
+        language.parse(chain)
     if not found:
         raise errors.MergeError(f"config.search.{method}: there is no value to try; give one")
     return list(dict.fromkeys(found))
@@ -287,7 +287,7 @@ def _groups(chains: Sequence[str]) -> dict[Any, dict[int, list[float]]]:
     """The numbers of each chain by its position, chains of one structure together."""
     groups: dict[Any, dict[int, list[float]]] = {}
     for i, chain in enumerate(chains):
-        numbers, structure = jax.tree.flatten(registry.parse(chain))
+        numbers, structure = jax.tree.flatten(language.parse(chain))
         groups.setdefault(structure, {})[i] = numbers
     return groups
 

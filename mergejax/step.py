@@ -143,6 +143,8 @@ def _apply(stage: Stage, state: State, leaf: Leaf, names: Array, place: int, see
             state.values = [parts.apply(state.values, whole, seen)]
         case "refine":
             state.values = [parts.apply(state.values[0], state.raw, whole, seen)]
+        case "restore":
+            state.values = list(parts.apply(state.values[0], state.raw, whole, seen))
         case "fold":
             carried = fold_experts(stage, state.values, leaf, names, place)
             state.values = [parts.finish(carried, whole, seen)]

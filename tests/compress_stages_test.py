@@ -233,7 +233,7 @@ def test_stacked_layers_are_packed_one_by_one(method, tmp_path):
         ("skill_pack(bands='20')", "skill_pack(bands='20') must list directions and their bits"),
         ("skill_pack(bands=':4, 2:8')", "skill_pack(bands=':4, 2:8') must list directions and"),
         ("skill_pack(bands=':9')", "skill_pack(bands=':9') must list directions and their bits"),
-        ("skill_pack(rank=0)", "skill_pack(rank=0, group=128) must both be at least 1"),
+        ("skill_pack(rank=0)", "skill_pack(rank=...) must be a whole number of at least 1, not 0"),
         ("tsv_compress(fraction=1.5)", "tsv_compress(fraction=...) must be in [0, 1], not 1.5"),
     ],
 )

@@ -27,11 +27,21 @@ def fixed(taus, **options):
 CASES = [
     ("wudi()", reference.wudi, {}),
     ("wudi(steps=50, learning_rate=0.01)", reference.wudi, {"steps": 50, "learning_rate": 0.01}),
+    (
+        "wudi(steps=50, learning_rate=0.01, norm='plain')",
+        reference.wudi,
+        {"steps": 50, "learning_rate": 0.01, "power": 1},
+    ),
     ("opt_merge()", reference.opt_merge, {}),
     (
         "opt_merge(steps=40, learning_rate=0.02, momentum=0.5)",
         reference.opt_merge,
         {"steps": 40, "learning_rate": 0.02, "momentum": 0.5},
+    ),
+    (
+        "interference_around_mean(steps=40, learning_rate=0.01)",
+        reference.around_mean,
+        {"steps": 40, "learning_rate": 0.01},
     ),
     ("swudi()", reference.swudi, {}),
     ("swudi(time=2.0, density=1.0)", reference.swudi, {"time": 2.0, "density": 1.0}),
@@ -73,12 +83,6 @@ def test_equals_its_restatement(method, restated, options):
 def test_an_expert_that_changes_nothing_is_left_out(method, restated, options):
     taus = [*deltas(2, seed=1), np.zeros((OUT, IN))]
     near(merged(method, taus), restated(taus, **options), 2e-5)
-
-
-@pytest.mark.parametrize("method", one_of_each(METHODS))
-def test_a_torch_tree_gives_the_answer_of_its_flax_twin(method):
-    taus = deltas(3)
-    near(merged(method, taus, "torch"), merged(method, taus, "flax"))
 
 
 # Optima -------------------------------------------------------------------------------------------

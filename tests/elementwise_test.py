@@ -22,6 +22,11 @@ def piece(function, **options):
     return whole(functools.partial(function, **options))
 
 
+def stitched(tree, base, experts, stats):
+    masks = [{n: np.float64(m) for n, m in mask.items()} for mask in stats["mask"]]
+    return reference.stitched(base, experts, masks)
+
+
 # Experts, a method that takes the options itself or a whole chain, its restatement, the options.
 CASES = [
     (3, "breadcrumbs", whole(reference.breadcrumbs), {}),
@@ -89,6 +94,10 @@ CASES = [
         piece(reference.equal_norms, order="l1", scope="tensor"),
         {},
     ),
+    (1, "passthrough", whole(reference.passthrough), {"scale": 0.7}),
+    (2, "chat_vector", whole(reference.chat_vector), {"scaling": 0.6}),
+    (3, "analogy", whole(reference.analogy), {"scaling": 0.6}),
+    (3, "localize_and_stitch_trained", stitched, {}),
     (3, "total()|match_norm()", piece(reference.match_norm), {}),
     (
         3,
@@ -123,34 +132,6 @@ def test_equals_its_restatement(count, method, restated, options):
     trees.close(got, expected, rtol=5e-6, atol=5e-6)
 
 
-# What the layout of kernels must not change -------------------------------------------------------
-
-DIRECTIONAL = [
-    (2, "breadcrumbs(density=0.4, top=0.2)"),
-    (2, "nuslerp(scope='row')"),
-    (2, "nuslerp(scope='column')"),
-    (3, "model_stock(scope='row')"),
-    (1, "arcee_fusion()"),
-    (2, "widen()"),
-    (2, "frobenius_weighted()"),
-]
-
-
-def transposed(tree):
-    return {name: np.ascontiguousarray(x.T) for name, x in tree.items()}
-
-
-@pytest.mark.parametrize(("count", "text"), DIRECTIONAL, ids=[text for _, text in DIRECTIONAL])
-def test_a_torch_tree_gives_the_transposed_answer(count, text):
-    base, experts = (jax.tree.map(np.asarray, x) for x in drawn(count))
-    base, experts = trees.flat(base), [trees.flat(expert) for expert in experts]
-    got = mj.merge(text, base, experts)
-    twin = mj.merge(
-        text, transposed(base), [transposed(expert) for expert in experts], layout="torch"
-    )
-    trees.close(got, transposed(twin), rtol=1e-6, atol=1e-6)
-
-
 # DELLA's draws ------------------------------------------------------------------------------------
 
 
@@ -183,6 +164,20 @@ def test_della_keeps_by_the_rank_within_the_inputs_of_an_output(layout):
     assert (abs(draws["inverse"].mean(0) - kernel) <= deviation).all()
 
 
+def test_della_is_its_restatement_behind_its_own_masks():
+    """The masks are read off the first stage, whose draws are those of the whole method."""
+    base, experts = drawn(3)
+    options = {"density": [0.5, 0.7, 0.6], "spread": 0.3}
+    drop = mj.drop_by_rank(**options, rescale="none")
+    dropped = [trees.flat(x) for x in mj.merge(drop, base, experts, seed=3)]
+    weights = [1.0, 2.0, 0.5]
+    got = mj.merge(mj.della(**options, scaling=0.8, weights=weights), base, experts, seed=3)
+    flat, several = trees.flat(base), [trees.flat(expert) for expert in experts]
+    masks = [{n: x[n] != flat[n] for n in flat} for x in dropped]
+    expected = reference.della(flat, several, masks, scaling=0.8, weights=weights, **options)
+    trees.close(got, expected, rtol=5e-6, atol=5e-6)
+
+
 def test_della_without_a_spread_is_dare():
     base, (expert,) = drawn(1)
     della = mj.merge("drop_by_rank(density=0.3, spread=0.0)|total()", base, [expert], seed=7)
@@ -196,87 +191,11 @@ def test_della_refuses_probabilities_outside_the_unit_interval(density, spread):
         mj.della(density, spread)
 
 
-# Small cases with known answers -------------------------------------------------------------------
-
-
-def leaf(*values):
-    return {"w": np.asarray(values, np.float32)}
-
-
-def merged(method, base, *experts):
-    return np.asarray(mj.merge(method, base, list(experts))["w"]).tolist()
-
-
-def test_equal_magnitudes_go_to_the_later_expert_and_to_the_first_place():
-    zero = leaf(0, 0, 0, 0)
-    assert merged("magmax(scaling=1.0)", zero, leaf(2, -1, 3, 0), leaf(-2, 1, 2, 0)) == [
-        -2,
-        1,
-        3,
-        0,
-    ]
-    assert merged("breadcrumbs(density=0.5, top=0.0, scaling=1.0)", zero, leaf(1, -1, 1, -1)) == [
-        1,
-        -1,
-        0,
-        0,
-    ]
-
-
-def test_sce_of_one_expert_or_at_full_density_selects_everything():
-    zero = leaf(0, 0, 0)
-    assert merged("sce(density=0.1)", zero, leaf(1, -2, 3)) == [1, -2, 3]
-    assert merged("sce(density=1.0)", zero, leaf(1, -2, 3), leaf(1, -2, 3)) == [1, -2, 3]
-    assert merged("sce(density=0.5)", zero, leaf(1, -2, 3), leaf(1, -2, 3)) == [0, 0, 0]
-
-
-def test_model_stock_of_equal_and_of_orthogonal_and_of_opposite_deltas():
-    zero = leaf(0, 0)
-    assert merged("model_stock()", zero, leaf(2, 0), leaf(2, 0)) == [2, 0]
-    assert merged("model_stock()", zero, leaf(2, 0), leaf(0, 2)) == [0, 0]
-    assert merged("model_stock()", zero, leaf(2, 0), leaf(-2, 0)) == [0, 0]
-    obtuse = merged("model_stock(clip=True)", zero, leaf(1, 0), leaf(-0.5, 0.8))
-    assert obtuse == [0, 0]
-    assert merged("model_stock()", zero, leaf(1, 0), leaf(-0.5, 0.8))[1] < 0
-
-
-def test_directions_that_cancel_are_averaged_and_a_zero_has_none():
-    zero = leaf(0, 0)
-    assert merged("multislerp()", zero, leaf(4, 0), leaf(-2, 0)) == [1, 0]
-    assert merged("multislerp()", zero, leaf(4, 0), leaf(0, 0)) == [2, 0]
-    assert merged("karcher()", None, leaf(4, 0), leaf(0, 0)) == [2, 0]
-    assert merged("karcher()", None, leaf(0, 0), leaf(0, 0)) == [0, 0]
-
-
-def test_pcb_of_constant_deltas_and_of_zeros_stays_finite():
-    zero = leaf(0, 0, 0)
-    assert merged("pcb()", zero, leaf(0, 0, 0), leaf(0, 0, 0)) == [0, 0, 0]
-    assert np.isfinite(merged("pcb()", zero, leaf(1, 1, 1), leaf(1, 1, 1))).all()
-
-
-def test_an_expert_without_a_norm_adds_nothing_to_nan():
-    assert merged("nan()", leaf(1.0), leaf(0.0), leaf(3.0)) == [1.0 + 2.0]
-
-
-@pytest.mark.parametrize(
-    ("method", "count", "problem"),
-    [
-        ("model_stock()", 1, "toward_mean takes at least 2 experts, not 1"),
-        ("nearswap()", 2, "near takes exactly 1 expert, not 2"),
-        ("analogy()", 2, "difference_added takes exactly 3 experts, not 2"),
-        ("chat_vector()", 3, "first_and_residual takes exactly 2 experts, not 3"),
-        ("metrics_weighted(metrics=[1, 2, 3])", 2, "has 3 numbers, but there are 2 experts"),
-    ],
-)
-def test_a_wrong_number_of_experts_is_one_sentence(method, count, problem):
-    with pytest.raises(mj.MergeError, match=problem):
-        merged(method, leaf(0.0), *[leaf(1.0)] * count)
-
-
-def test_values_out_of_range_are_refused():
-    with pytest.raises(
-        mj.MergeError, match=r"metrics_weighted\(metrics=...\) must be in \(0, inf\)"
-    ):
-        mj.metrics_weighted(metrics=[1, -1])
-    with pytest.raises(mj.MergeError, match="averages nothing; choose 1 or more"):
-        mj.window_average(length=0)
+def test_pcb_leaves_alone_what_competes_nowhere_and_is_linear_in_its_weights():
+    base, experts = drawn(3)
+    once, twice = (mj.merge(f"pcb(density=0.1, weights={w})", base, experts) for w in (0.75, 1.5))
+    flat = trees.flat(base)
+    moved = {n: x - flat[n] for n, x in trees.flat(once).items()}
+    trees.close(twice, {n: flat[n] + 2 * x for n, x in moved.items()}, rtol=1e-6, atol=1e-6)
+    size = sum(x.size for x in flat.values())
+    assert 0 < sum(np.count_nonzero(x) for x in moved.values()) <= 3 * (int(0.1 * size) + 1)

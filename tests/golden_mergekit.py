@@ -18,7 +18,7 @@ from golden_case import (
 )
 
 import mergejax as mj
-import mergejax.hyper
+import mergejax.varying
 
 
 def linear(case):
@@ -140,7 +140,7 @@ def _yaml_deltas(settings, case, base, experts):
     found: dict[str, Any] = {}
     for name, default in (("weight", REQUIRED), ("density", 1.0)):
         found[name] = settings.per_model(name, default)
-        if isinstance(found[name], mj.hyper.ByName):
+        if isinstance(found[name], mj.varying.ByName):
             return _yaml_deltas_by_leaf(settings, case, base, experts, found)
     for name in ("normalize", "rescale", "lambda", "int8_mask"):
         if name in settings:

@@ -4,7 +4,6 @@ import hypothesis
 import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
 import numpy as np
-import pytest
 from hypothesis import settings
 
 import mergejax as mj
@@ -344,23 +343,3 @@ def test_opcm_turns_with_its_deltas(seed):
         return np.asarray(mj.merge(mj.opcm(), {"kernel": ZERO["kernel"]}, trees)["kernel"])
 
     np.testing.assert_allclose(merged(turned), left @ merged(experts) @ right, atol=1e-4)
-
-
-# All methods --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["opcm", "regmean", "ties", "slerp"])
-def test_a_torch_layout_gives_the_transposed_result(name):
-    rng = np.random.default_rng(2)
-    base, *experts = ({"kernel": rng.normal(size=(4, 6)).astype(np.float32)} for _ in range(3))
-    stats = {"gram": grams_of(0, 2)} if name == "regmean" else {}
-    method = mj.METHODS[name].make()
-    merged = mj.merge(method, base, experts, stats=stats)["kernel"]
-
-    def turned(tree):
-        return {"kernel": np.ascontiguousarray(tree["kernel"].T)}
-
-    again = mj.merge(
-        method, turned(base), [turned(e) for e in experts], stats=stats, layout="torch"
-    )
-    np.testing.assert_allclose(again["kernel"].T, merged, rtol=1e-5, atol=1e-5)

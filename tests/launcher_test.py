@@ -309,7 +309,7 @@ BAD = {
             "--config.methods=('slerp', 'drop(rate=0.5)', "
             "\"task_arithmetic(scaling=by_name({'blok': 1, '.*': 0}))\")",
         ),
-        "arc takes exactly 2 experts, not 6\n"
+        "'slerp' takes exactly 2 experts, not 6\n"
         "'drop(rate=0.5)' leaves one model per expert; end it with a reduction such as mean(), "
         "total() or a named method\n"
         "scale: pattern 'blok' of by_name matches no leaf",

@@ -158,7 +158,7 @@ def turned(adapters):
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_is_the_call(text):
     adapters = drawn()
-    name, _, options = mj.registry.read_call(text)
+    name, _, options = mj.language.read_call(text)
     expected = wide(getattr(mj.lowrank, name)(adapters, **options))
     close(mj.lowrank.merge(text, adapters), expected, 0)
 

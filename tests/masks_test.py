@@ -92,6 +92,20 @@ def test_consensus_over_another_method():
     trees.close(got, consensus(base, experts, 0.3, 1, 1.0, host))
 
 
+@pytest.mark.parametrize("threshold", [0.3, [0.2, 0.6, 1.5]])
+def test_tall_masks_over_another_method(threshold, tiny_blocks):
+    base, experts = models(3)
+    taus = reference.deltas(base, experts)
+    merged = reference.ties_delta(taus, density=0.5, reduction="sum")
+    kept = masks(taus, merged, threshold)
+    method = mj.chain(mj.ties(0.5, reduction="sum"), mj.task_masks(threshold))
+    for model, mask in zip(mj.merge(method, base, experts), kept, strict=True):
+        trees.close(model, {n: base[n] + merged[n] * mask[n] for n in base})
+    plain = mj.chain(mj.total(), mj.task_masks(threshold))
+    expected = mj.merge(mj.tall_masks(threshold), base, experts)
+    trees.equal(mj.merge(plain, base, experts), expected)
+
+
 @pytest.mark.parametrize("rescale", ["model", "tensor_mean", "none"])
 def test_emr(rescale):
     base, experts = models(3)
@@ -188,8 +202,10 @@ def test_huge_and_tiny_deltas_stay_finite():
         ("consensus(threshold=[0.1, 0.2])", "has 2 numbers, but there are 3 experts"),
         ("tall_masks(threshold=[0.1])", "has 1 numbers, but there are 3 experts"),
         ("consensus_mask()", "behind total(), mean() or a named method"),
-        ("total()|tall_masks()", "put it before the reduction"),
-        ("total()|lines_multi_task(beta=[1, 2, 3])", "where it takes one"),
+        ("task_masks()|ties()", "write ties()|task_masks()"),
+        ("total()|task_masks()|scale(0.5)", "gives every expert a model of its own, but the chain"),
+        ("total()|tall_masks()", "write tall_masks()|total()"),
+        ("total()|lines_multi_task(beta=[1, 2, 3])", "holds for all experts together"),
     ],
 )
 def test_is_refused_in_words(method, sentence):

@@ -29,11 +29,12 @@ def descent(gradient, x, learning_rate, momentum, steps):
 # WUDI ---------------------------------------------------------------------------------------------
 
 
-def wudi(taus, steps=300, learning_rate=1e-5):
+def wudi(taus, steps=300, learning_rate=1e-5, power=2):
     taus = nonzero(taus)
+    weights = [2 / np.linalg.norm(tau) ** power for tau in taus]
 
     def gradient(x):
-        return sum(2 / (tau**2).sum() * (x - tau) @ tau.T @ tau for tau in taus)
+        return sum(w * (x - tau) @ tau.T @ tau for w, tau in zip(weights, taus, strict=True))
 
     return adam(gradient, sum(taus), learning_rate, steps)
 
@@ -49,6 +50,20 @@ def opt_merge(taus, steps=300, learning_rate=1e-4, momentum=0.9):
         return sum(2 * w * (x - target) @ target.T @ target for w, target in several)
 
     return descent(gradient, sum(taus) / len(taus), learning_rate, momentum, steps)
+
+
+def around_mean(taus, steps=300, learning_rate=1e-5):
+    taus = nonzero(taus)
+    rank, mean = min(taus[0].shape) // len(taus), sum(taus) / len(taus)
+    weights = [1 / (tau**2).sum() for tau in taus]
+    readers = [truncated(tau, rank) for tau in taus]
+    targets = [mean + truncated(tau - mean, rank) for tau in taus]
+
+    def gradient(x):
+        several = zip(weights, targets, readers, strict=True)
+        return sum(2 * w * (x - target) @ reader.T @ reader for w, target, reader in several)
+
+    return adam(gradient, sum(taus), learning_rate, steps)
 
 
 def normal_equation(taus):

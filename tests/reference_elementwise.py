@@ -67,6 +67,33 @@ def localize_and_stitch(base, experts, density=0.05):
     return per_leaf(base, experts, merge)
 
 
+def stitched(base, experts, masks):
+    def merge(n, taus, origin):
+        several = np.stack([mask[n] for mask in masks])
+        shares = several / np.maximum(several.sum(0), 1)
+        return (shares * taus).sum(0)
+
+    return per_leaf(base, experts, merge)
+
+
+def della(base, experts, masks, density, spread, scaling, weights):
+    """With masks that were drawn elsewhere; the probability is linear in the rank within a row."""
+
+    def merge(n, taus, origin):
+        several = []
+        for tau, mask, mean, weight in zip(taus, masks, density, weights, strict=True):
+            rows = rows_of(n, tau)
+            ranks = np.argsort(np.argsort(abs(rows), axis=-1, kind="stable"), axis=-1)
+            probability = mean - spread + 2 * spread * ranks / (rows.shape[-1] - 1)
+            several.append(weight * tau * mask[n] / back(n, probability, tau.shape))
+        sign = np.where(sum(several) >= 0, 1, -1)
+        agree = np.stack([x * sign > 0 for x in several])
+        mass = sum(weight * kept for weight, kept in zip(weights, agree, strict=True))
+        return scaling * (several * agree).sum(0) / np.where(mass == 0, 1, mass)
+
+    return per_leaf(base, experts, merge)
+
+
 def pcb(base, experts, density=0.05, weights=1.2, between="normalized", clip=0.01):
     taus, count = deltas(base, experts), len(experts)
     weights = spread(weights, count)[:, None]
@@ -401,3 +428,18 @@ def match_norm(base, experts, order="l2", scope="model"):
         (norm,) = norms_of([whole], order, scope, n)
         merged[n] = whole[n] * (norms_of(taus, order, scope, n).mean() / norm if norm else 0.0)
     return added(base, merged)
+
+
+# Fixed numbers of models --------------------------------------------------------------------------
+
+
+def passthrough(base, experts, scale=1.0):
+    return {n: scale * np.float64(x) for n, x in experts[0].items()}
+
+
+def chat_vector(base, experts, scaling=1.0):
+    return per_leaf(base, experts, lambda n, taus, _: taus[0] + scaling * taus[1])
+
+
+def analogy(base, experts, scaling=1.0):
+    return per_leaf(base, experts, lambda n, taus, _: taus[2] + scaling * (taus[1] - taus[0]))

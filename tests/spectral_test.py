@@ -1,6 +1,5 @@
 """Spectral methods: their restatements, their spectra, their symmetries, degenerate inputs."""
 
-import jax
 import numpy as np
 import pytest
 import reference_spectral as reference
@@ -46,24 +45,6 @@ METHODS = [method for method, _, _ in CASES]
 def test_equals_its_restatement(method, restated, options):
     for taus in (deltas(3), [*deltas(2, seed=1), np.zeros((OUT, IN))]):
         near(merged(method, taus, base=deltas(1, seed=9)[0]), restated(taus, **options))
-
-
-@pytest.mark.parametrize("method", one_of_each(METHODS))
-def test_a_torch_tree_gives_the_answer_of_its_flax_twin(method):
-    taus = deltas(3)
-    np.testing.assert_allclose(
-        merged(method, taus, "torch"), merged(method, taus, "flax"), rtol=1e-5, atol=1e-5
-    )
-
-
-def test_dense_general_kernels_are_matrices_too():
-    taus = deltas(3)
-    queries = [{"query": {"kernel": np.float32(tau.T.reshape(IN, 2, 3))}} for tau in taus]
-    base = jax.tree.map(np.zeros_like, queries[0])
-    got = mj.merge("iso_cts(common=0.5)", base, queries)["query"]["kernel"]
-    np.testing.assert_allclose(
-        np.reshape(got, (IN, OUT)).T, merged("iso_cts(common=0.5)", taus), rtol=1e-5, atol=1e-5
-    )
 
 
 # Symmetries ---------------------------------------------------------------------------------------

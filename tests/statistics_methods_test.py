@@ -214,8 +214,8 @@ def test_cat_without_trimming_is_task_arithmetic_and_trims_to_nothing_seen():
             "needs the statistic 'norm_square', which no leaf has; .*collect.norm_square",
         ),
         ("mats(operator='kfac')", {}, "needs the statistic 'output_gram'"),
-        ("cat(directions=-2)", None, r"directions=-2\) must be at least -1"),
-        ("match_inputs(steps=-1)", None, "negative number of steps"),
+        ("cat(directions=-2)", None, "whole number of at least -1, not -2"),
+        ("match_inputs(steps=-1)", None, "whole number of at least 0, not -1"),
     ],
 )
 def test_bad_input_is_told_in_a_sentence(method, stats, sentence):

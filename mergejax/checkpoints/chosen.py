@@ -10,8 +10,8 @@ import numpy as np
 from mergejax import errors, forms, hyper
 from mergejax.chains import Chain
 from mergejax.core import Stage
+from mergejax.language import as_chain
 from mergejax.leaves import LeafInfo
-from mergejax.registry import as_chain
 from mergejax.run import Values, _as_data, _leaf
 
 

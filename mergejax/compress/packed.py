@@ -14,8 +14,8 @@ from mergejax.compress.codec import Codec, Parts, Sink
 from mergejax.core import Stage
 from mergejax.door import Tree, leaves_by_name
 from mergejax.errors import MergeError, did_you_mean, raise_all
+from mergejax.language import as_chain
 from mergejax.leaves import STATISTIC, LeafInfo, describe, is_floating, unmatched
-from mergejax.registry import as_chain
 
 CODECS: dict[str, Codec] = {**signs.CODECS, **masks.CODECS, **spectra.CODECS}
 WHOLE = "whole"  # the part of a leaf that is stored as it is

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mergejax import registry
+from mergejax import language
 from mergejax.core import Stage
 from mergejax.eval import metrics
 
@@ -147,7 +147,7 @@ def _verdict(
 
 
 def _canonical(row: Mapping[str, Any]) -> str:
-    return repr(registry.parse(row["chain"]))
+    return repr(language.parse(row["chain"]))
 
 
 def sentence(best: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
@@ -205,7 +205,7 @@ def _sweep(record: Record | None) -> dict[str, Any] | None:
         return None
     points: list[dict[str, Any]] = []
     for chain in record["settings"]:
-        (stage,) = registry.parse(chain).items
+        (stage,) = language.parse(chain).items
         assert isinstance(stage, Stage)
         points.append(stage.arguments)
     densities = sorted({point["density"] for point in points})

@@ -6,9 +6,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax.hyper import NonNegative, Scaling, resolve
+from mergejax.hyper import NonNegative, Scaling
 from mergejax.lowrank.factors import Adapter, Factors
 from mergejax.lowrank.methods import adapter_method, merge_coordinates, refuse_traced
+from mergejax.varying import resolve
 
 
 def joint_coordinates(

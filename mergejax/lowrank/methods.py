@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mergejax import api, hyper
+from mergejax import api, hyper, varying
 from mergejax.errors import MergeError, did_you_mean, raise_all
 from mergejax.hyper import Scaling, Weights
+from mergejax.language import read_call
 from mergejax.lowrank.factors import (
     Adapter,
     Factors,
@@ -21,7 +22,6 @@ from mergejax.lowrank.factors import (
     folded,
     product_svd,
 )
-from mergejax.registry import read_call
 
 METHODS: dict[str, Callable[..., dict[str, Factors]]] = {}
 _PER_ADAPTER = ("weights", "logits")  # parameters that may be lists, one number per adapter
@@ -52,9 +52,9 @@ def adapter_method(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _list_problems(label: str, value: Any, adapter: Adapter, count: int) -> list[str]:
-    if isinstance(value, hyper.ByDepth):
+    if isinstance(value, varying.ByDepth):
         return [f"{label} cannot depend on the depth of an adapter's leaf; use by_name({{...}})"]
-    if isinstance(value, hyper.ByName):
+    if isinstance(value, varying.ByName):
         problems = [
             f"{label}: pattern '{pattern}' of by_name matches no leaf"
             for pattern in value.unmatched(list(adapter))
@@ -70,7 +70,7 @@ def _list_problems(label: str, value: Any, adapter: Adapter, count: int) -> list
 
 def numbers_at(value: Any, name: str, count: int) -> Any:
     """A hyper-parameter at one leaf: one number per adapter, float32."""
-    return jnp.broadcast_to(jnp.asarray(hyper.resolve(value, name, 0.0), jnp.float32), (count,))
+    return jnp.broadcast_to(jnp.asarray(varying.resolve(value, name, 0.0), jnp.float32), (count,))
 
 
 def refuse_traced(label: str, adapters: Sequence[Adapter]) -> None:

@@ -2,7 +2,7 @@
 
 from mergejax.chains import by_role, chain
 from mergejax.core import method, reduce
-from mergejax.hyper import Density, Scaling, refuse_lists
+from mergejax.hyper import Density, Scaling
 from mergejax.linalg.spectral import on_matrices, truncate
 from mergejax.methods.combine import mean
 from mergejax.summaries import kept_count
@@ -22,8 +22,6 @@ def low_rank_around_mean(density: Density = 0.16, scaling: Scaling = 2.3):
         >>> mj.low_rank_around_mean(density=0.5)
         low_rank_around_mean(density=0.5)
     """
-
-    refuse_lists("low_rank_around_mean", density=density, scaling=scaling)
 
     def merge(*ds):
         center = ds[0] + sum(d - ds[0] for d in ds) / len(ds)

@@ -1,21 +1,24 @@
 """CAT Merging: each delta without the directions that disturb other experts' features."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from mergejax.chains import by_role, by_stats, chain
 from mergejax.core import Array, joint, method
-from mergejax.errors import MergeError
-from mergejax.hyper import Fraction, NonNegative, Scaling
+from mergejax.hyper import Fraction, Least, NonNegative, Scaling, Whole
 from mergejax.leaves import as_matrix
 from mergejax.linalg.spectral import highest
 from mergejax.methods.combine import scale, total
 
+Directions = Annotated[int, Least(-1)]  # -1 stands for all
+
 
 @joint(needs=("gram",))
-def project_conflicts(directions: int = 4, penalty: NonNegative = 5.0, energy: Fraction = 1.0):
+def project_conflicts(
+    directions: Directions = 4, penalty: NonNegative = 5.0, energy: Fraction = 1.0
+):
     r"""Removes from each kernel's delta the output directions that disturb the other experts.
 
     See `cat` for the formula and the arguments.
@@ -33,7 +36,6 @@ def project_conflicts(directions: int = 4, penalty: NonNegative = 5.0, energy: F
         >>> mj.project_conflicts(directions=-1, energy=0.9)
         project_conflicts(directions=-1, energy=0.9)
     """
-    _refuse("project_conflicts", "directions", directions, lowest=-1)
 
     @highest()
     def apply(ds, leaf, seen):
@@ -64,7 +66,7 @@ def _disturbance(taus: list[Array], grams: list[Array], protected: int, penalty:
     return (quadratic + quadratic.T) / 2
 
 
-def _conflicting(quadratic: Array, directions: int, energy: Array) -> Array:
+def _conflicting(quadratic: Array, directions: Directions, energy: Array) -> Array:
     """Eigenvectors of the largest positive eigenvalues [out, directions], zeros for the others."""
     values, vectors = jnp.linalg.eigh(quadratic)
     count = len(values) if directions < 0 else min(directions, len(values))
@@ -85,7 +87,7 @@ def _with_norm_of(before: Array, after: Array) -> Array:
 
 
 @joint(needs=("norm_square",))
-def mask_norm_conflicts(count: int = 4, penalty: NonNegative = 10.0):
+def mask_norm_conflicts(count: Whole = 4, penalty: NonNegative = 10.0):
     r"""Zeroes in each norm's delta the features that disturb the other experts.
 
     See `cat` for the formula and the arguments.
@@ -98,7 +100,6 @@ def mask_norm_conflicts(count: int = 4, penalty: NonNegative = 10.0):
         >>> mj.mask_norm_conflicts(count=2)
         mask_norm_conflicts(count=2)
     """
-    _refuse("mask_norm_conflicts", "count", count)
 
     def apply(ds, leaf, seen):
         energy = leaf.stats["norm_square"]
@@ -113,7 +114,7 @@ def mask_norm_conflicts(count: int = 4, penalty: NonNegative = 10.0):
 
 
 @joint
-def mask_bias_conflicts(count: int = 4):
+def mask_bias_conflicts(count: Whole = 4):
     r"""Zeroes in each bias' delta the entries that the other experts are protected from.
 
     See `cat` for the formula and the arguments.
@@ -126,7 +127,6 @@ def mask_bias_conflicts(count: int = 4):
         >>> mj.mask_bias_conflicts(count=2)
         mask_bias_conflicts(count=2)
     """
-    _refuse("mask_bias_conflicts", "count", count)
 
     def apply(ds, leaf, seen):
         def conflict(k):
@@ -157,20 +157,14 @@ def _largest(scores: Array, count: int) -> Array:
     return jnp.zeros(flat.shape, bool).at[places].set(values > 0).reshape(scores.shape)
 
 
-def _refuse(label: str, name: str, value: int, lowest: int = 0) -> None:
-    if value < lowest:
-        every = ", where -1 stands for all" if lowest < 0 else ""
-        raise MergeError(f"{label}({name}={value}) must be at least {lowest}{every}")
-
-
 @method
 def cat(
     scaling: Scaling = 0.4,
-    directions: int = 4,
+    directions: Directions = 4,
     penalty: NonNegative = 5.0,
-    norm_count: int = 4,
+    norm_count: Whole = 4,
     norm_penalty: NonNegative = 10.0,
-    bias_count: int = 4,
+    bias_count: Whole = 4,
 ):
     r"""Trims from each delta what disturbs the other experts' features, and adds up the rest.
 

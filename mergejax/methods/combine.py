@@ -104,6 +104,40 @@ def scale(scaling: Scaling = 1.0):
     return lambda d, leaf, seen: scaling * d
 
 
+@each(elementwise=True)
+def of_deltas():
+    """Leads a chain on to the deltas: what follows works on what each expert adds to the base.
+
+    Returns:
+        A stage that changes no value.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base, expert = {'w': jnp.asarray([1.0])}, {'w': jnp.asarray([3.0])}
+        >>> print(mj.merge('of_deltas()|sphere_mean([2.0, 2.0], normalize=False)', base,
+        ...                [expert, expert])['w'])  # 1 + 2 * 2 + 2 * 2
+        [9.]
+    """
+    return lambda d, leaf, seen: d
+
+
+@each(elementwise=True, space="weights")
+def of_weights():
+    """Leads a chain on to the weights: what follows works on whole models and needs no base.
+
+    Returns:
+        A stage that changes no value.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base, expert = {'w': jnp.asarray([1.0])}, {'w': jnp.asarray([3.0])}
+        >>> print(mj.merge('of_weights()|sphere_mean([2.0, 2.0], normalize=False)', base,
+        ...                [expert, expert])['w'])  # 2 * 3 + 2 * 3
+        [12.]
+    """
+    return lambda x, leaf, seen: x
+
+
 @coordinates
 def canonical_matrix():
     """Coordinates in which kernels are matrices [in, out], whatever layout they are stored in.

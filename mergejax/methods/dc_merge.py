@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from mergejax.chains import by_role, chain
 from mergejax.core import Array, method, reduce
-from mergejax.hyper import Density, Scaling, refuse_lists
+from mergejax.hyper import Density, Scaling
 from mergejax.linalg.spectral import on_matrices, polar
 from mergejax.linalg.subspaces import equal_ranks, leading, present
 from mergejax.methods.combine import mean, scale
@@ -41,8 +41,6 @@ def core_consensus(density: Density = 0.001):
         >>> mj.core_consensus(density=0.1)
         core_consensus(density=0.1)
     """
-
-    refuse_lists("core_consensus", density=density)
 
     def merge(*ds):
         ranks = equal_ranks(ds)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import hyper
+from mergejax import hyper, varying
 from mergejax.chains import chain
 from mergejax.core import Parts, each, method
 from mergejax.errors import MergeError
@@ -71,7 +71,7 @@ def drop_by_rank(
 
 def _check(density, spread):
     values = (density, spread)
-    if hyper.is_traced(values) or any(isinstance(value, hyper.Rule) for value in values):
+    if hyper.is_traced(values) or any(isinstance(value, varying.Rule) for value in values):
         return
     mean, half = np.asarray(density, np.float64), np.asarray(spread, np.float64)
     if np.any(mean - half <= 0) or np.any(mean + half > 1 + 1e-6):

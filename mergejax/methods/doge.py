@@ -4,8 +4,7 @@ import jax.numpy as jnp
 
 from mergejax.chains import by_role, chain
 from mergejax.core import Parts, method, reduce
-from mergejax.errors import MergeError
-from mergejax.hyper import Density, Positive, Scaling, refuse_lists
+from mergejax.hyper import Count, Density, Positive, Scaling, Whole
 from mergejax.linalg.descent import descend
 from mergejax.linalg.spectral import decompose, is_real, on_matrices, unit
 from mergejax.linalg.subspaces import equal_ranks, leading
@@ -46,8 +45,8 @@ def _correction(ds, factors, subspace, steps, learning_rate):
 def corrected_total(
     scaling: Scaling = 0.07,
     density: Density = 0.3,
-    subspace: int = 6,
-    steps: int = 400,
+    subspace: Count = 6,
+    steps: Whole = 400,
     learning_rate: Positive = 1e-4,
 ) -> Parts:
     r"""Adds up trimmed, normalised deltas, all moved by one shared correction.
@@ -62,13 +61,6 @@ def corrected_total(
         >>> mj.corrected_total(steps=100)
         corrected_total(steps=100)
     """
-    refuse_lists("corrected_total", scaling=scaling, density=density, learning_rate=learning_rate)
-    problems = [("subspace", subspace, 1), ("steps", steps, 0)]
-    for name, value, least in problems:
-        if value < least:
-            raise MergeError(
-                f"corrected_total({name}={value}) is too small; choose {least} or more"
-            )
 
     def merge(*arrays):
         ds, masks = arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]
@@ -95,8 +87,8 @@ def corrected_total(
 def doge_ta(
     scaling: Scaling = 0.07,
     density: Density = 0.3,
-    subspace: int = 6,
-    steps: int = 400,
+    subspace: Count = 6,
+    steps: Whole = 400,
     learning_rate: Positive = 1e-4,
 ):
     r"""Task arithmetic with layer-wise factors and a correction that all experts share.

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from mergejax.chains import by_role, chain
 from mergejax.core import Array, Parts, fold, method
-from mergejax.errors import MergeError
-from mergejax.hyper import Fraction, Positive
+from mergejax.hyper import Fraction, Positive, Whole
 from mergejax.linalg.descent import descend
 from mergejax.linalg.spectral import decompose, on_matrices
 from mergejax.methods.running import exponential_mean
@@ -80,7 +79,7 @@ def dual_projection(
     alpha: Fraction = 0.8,
     decay: Fraction = 0.999,
     epsilon: Fraction = 0.99999,
-    steps: int = 200,
+    steps: Whole = 200,
     learning_rate: Positive = 1e-4,
     space: Space = "both",
 ) -> Parts:
@@ -99,8 +98,6 @@ def dual_projection(
         >>> mj.dual_projection(alpha=0.5, decay=1.0)
         dual_projection(alpha=0.5, decay=1.0)
     """
-    if steps < 0:
-        raise MergeError(f"dual_projection(steps={steps}) is too small; choose 0 or more")
 
     def merge(so_far, new):
         sides = _side(so_far, epsilon, space), _side(new, epsilon, space)
@@ -122,7 +119,7 @@ def dop(
     alpha: Fraction = 0.8,
     decay: Fraction = 0.999,
     epsilon: Fraction = 0.99999,
-    steps: int = 200,
+    steps: Whole = 200,
     learning_rate: Positive = 1e-4,
     space: Space = "both",
 ):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from mergejax.chains import chain
 from mergejax.core import Parts, Round, method, reduce
-from mergejax.hyper import NonNegative
+from mergejax.hyper import NonNegative, NonNegatives
 from mergejax.methods.elect import per_expert
 
 Floor = Literal["relative", "maximum", "first", "added"]
@@ -14,7 +14,7 @@ Floor = Literal["relative", "maximum", "first", "added"]
 
 @reduce(space="weights", elementwise=True, needs=("fisher",))
 def fisher_mean(
-    weights: NonNegative = 1.0,
+    weights: NonNegatives = 1.0,
     floor: NonNegative = 1e-3,
     floor_rule: Floor = "relative",
     normalize: bool = True,
@@ -74,7 +74,7 @@ def fisher_mean(
 
 @method
 def fisher(
-    weights: NonNegative = 1.0,
+    weights: NonNegatives = 1.0,
     floor: NonNegative = 1e-3,
     floor_rule: Floor = "relative",
     normalize: bool = True,

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 
 from mergejax.chains import by_stats, chain
 from mergejax.core import method, reduce
-from mergejax.hyper import NonNegative, Scaling
+from mergejax.hyper import NonNegatives, Scaling
 from mergejax.linalg.regression import on_layers, regress
 from mergejax.methods.combine import mean, scale
 from mergejax.methods.elect import per_expert
 
 
 @reduce(needs=("gram",))
-def least_drift(weights: NonNegative = 1.0):
+def least_drift(weights: NonNegatives = 1.0):
     r"""Solves for the delta of a kernel that moves the experts' features least.
 
     .. math:: \tau=\Big(\sum_iw_iG_i\Big)^\dagger\sum_iw_iG_i\tau_i
@@ -41,7 +41,7 @@ def least_drift(weights: NonNegative = 1.0):
 
 
 @reduce(elementwise=True, needs=("norm_square",))
-def least_norm_drift(weights: NonNegative = 1.0):
+def least_norm_drift(weights: NonNegatives = 1.0):
     r"""The delta of a norm's scale that moves the experts' features least.
 
     .. math:: \tau_d=\frac{\sum_iw_is_{id}\,\tau_{id}}{\sum_iw_is_{id}},\qquad
@@ -72,7 +72,7 @@ def least_norm_drift(weights: NonNegative = 1.0):
 
 
 @method
-def lot(scaling: Scaling = 1.2, weights: NonNegative = 1.0):
+def lot(scaling: Scaling = 1.2, weights: NonNegatives = 1.0):
     r"""Merges each layer so that the experts' features drift least, and scales the result.
 
     .. math:: \theta=\theta_0+\lambda\tau,\qquad

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mergejax.core import Array, joint
 from mergejax.errors import MergeError
-from mergejax.hyper import Fraction
+from mergejax.hyper import Count, Fraction
 from mergejax.linalg.spectral import Triplets, decompose, on_matrices, truncate
 
 
@@ -101,7 +101,7 @@ def _rounded(x: Array, bits: int, group: int) -> Array:
 
 
 @joint
-def skill_pack(rank: int = 1000, bands: str = "20:8, 180:4, :2", group: int = 128):
+def skill_pack(rank: Count = 1000, bands: str = "20:8, 180:4, :2", group: Count = 128):
     r"""Keeps leading singular directions of kernels in few bits, fewer for the lesser ones.
 
     .. math:: \hat\Delta = Q(U_{:r})\,\Sigma_{:r}\,Q(V_{:r})^\top
@@ -134,8 +134,6 @@ def skill_pack(rank: int = 1000, bands: str = "20:8, 180:4, :2", group: int = 12
     SkillPack of GraftLLM (Du et al., 2025, arXiv:2505.18502), rounded to the nearest in place of
     the authors' calibration with text; other leaves stay in float32.
     """
-    if rank < 1 or group < 1:
-        raise MergeError(f"skill_pack(rank={rank}, group={group}) must both be at least 1")
     bands_of(bands, rank)
 
     def compress(x):

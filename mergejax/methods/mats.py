@@ -6,8 +6,7 @@ import jax.numpy as jnp
 
 from mergejax.chains import by_stats, chain
 from mergejax.core import method, refine
-from mergejax.errors import MergeError
-from mergejax.hyper import Fraction, NonNegative, Scaling, Weights
+from mergejax.hyper import Fraction, NonNegative, Scaling, Weights, Whole
 from mergejax.linalg.regression import conjugate_gradients, on_layers, shrunk
 from mergejax.methods.combine import mean, scale, total
 
@@ -20,7 +19,7 @@ def _solved(merged, ds, operators, steps, tolerance):
 
 
 @refine(needs=("gram",))
-def match_inputs(steps: int = 100, shrink: Fraction = 1.0, tolerance: NonNegative = 1e-6):
+def match_inputs(steps: Whole = 100, shrink: Fraction = 1.0, tolerance: NonNegative = 1e-6):
     r"""Moves a merged kernel towards its experts' outputs, :math:`C_i:X\mapsto G_iX`.
 
     See `mats` for the formula and the arguments.
@@ -33,7 +32,6 @@ def match_inputs(steps: int = 100, shrink: Fraction = 1.0, tolerance: NonNegativ
         >>> mj.parse('ties()|match_inputs(steps=10)')
         ties()|match_inputs(steps=10)
     """
-    _refuse_steps("match_inputs", steps)
 
     def apply(merged, ds, leaf, seen):
         grams = [shrunk(g.astype(merged.dtype), shrink) for g in leaf.stats["gram"]]
@@ -48,7 +46,7 @@ def match_inputs(steps: int = 100, shrink: Fraction = 1.0, tolerance: NonNegativ
 
 
 @refine(needs=("gram", "output_gram"))
-def match_both_sides(steps: int = 100, shrink: Fraction = 1.0, tolerance: NonNegative = 1e-6):
+def match_both_sides(steps: Whole = 100, shrink: Fraction = 1.0, tolerance: NonNegative = 1e-6):
     r"""Moves a merged kernel to its experts by K-FAC, :math:`C_i:X\mapsto G_iXB_i`.
 
     See `mats` for the formula and the arguments.
@@ -61,7 +59,6 @@ def match_both_sides(steps: int = 100, shrink: Fraction = 1.0, tolerance: NonNeg
         >>> mj.parse('ties()|match_both_sides(steps=10)')
         ties()|match_both_sides(steps=10)
     """
-    _refuse_steps("match_both_sides", steps)
 
     def apply(merged, ds, leaf, seen):
         pairs = [
@@ -83,7 +80,7 @@ def match_both_sides(steps: int = 100, shrink: Fraction = 1.0, tolerance: NonNeg
 
 
 @refine(needs=("fisher",))
-def match_fisher(steps: int = 100, tolerance: NonNegative = 1e-6, floor: NonNegative = 1e-8):
+def match_fisher(steps: Whole = 100, tolerance: NonNegative = 1e-6, floor: NonNegative = 1e-8):
     r"""Moves a merged leaf to its experts by their diagonal Fisher information.
 
     See `mats` for the formula and the arguments. To convergence it is `fisher` without its norms;
@@ -97,7 +94,6 @@ def match_fisher(steps: int = 100, tolerance: NonNegative = 1e-6, floor: NonNega
         >>> mj.parse('ties()|match_fisher(steps=10)')
         ties()|match_fisher(steps=10)
     """
-    _refuse_steps("match_fisher", steps)
 
     def apply(merged, ds, leaf, seen):
         several = [jnp.maximum(f, floor) for f in leaf.stats["fisher"]]
@@ -109,7 +105,7 @@ def match_fisher(steps: int = 100, tolerance: NonNegative = 1e-6, floor: NonNega
 
 
 @refine(needs=("block_fisher",))
-def match_blocks(steps: int = 10, tolerance: NonNegative = 1e-6):
+def match_blocks(steps: Whole = 10, tolerance: NonNegative = 1e-6):
     r"""Moves a small merged leaf to its experts by their whole Fisher matrices.
 
     See `mats` for the formula and the arguments.
@@ -123,7 +119,6 @@ def match_blocks(steps: int = 10, tolerance: NonNegative = 1e-6):
         >>> mj.parse('total()|match_blocks(steps=5)')
         total()|match_blocks(steps=5)
     """
-    _refuse_steps("match_blocks", steps)
 
     def apply(merged, ds, leaf, seen):
         blocks = [f.astype(merged.dtype) for f in leaf.stats["block_fisher"]]
@@ -135,20 +130,13 @@ def match_blocks(steps: int = 10, tolerance: NonNegative = 1e-6):
     return apply
 
 
-def _refuse_steps(label: str, steps: int) -> None:
-    if steps < 0:
-        raise MergeError(
-            f"{label}(steps={steps}) takes a negative number of steps; choose 0 or more"
-        )
-
-
 Operator = Literal["gram", "kfac", "fisher", "block_fisher"]
 
 
 @method
 def mats(
     operator: Operator = "gram",
-    steps: int = 100,
+    steps: Whole = 100,
     scaling: Scaling = 0.3,
     weights: Weights = 1.0,
     shrink: Fraction = 1.0,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from mergejax.chains import by_stats, chain
 from mergejax.core import method, reduce
-from mergejax.hyper import Fraction, NonNegative
+from mergejax.hyper import Fraction, NonNegatives
 from mergejax.leaves import as_matrix
 from mergejax.linalg.regression import on_layers, regress, shrunk
 from mergejax.linalg.spectral import highest
@@ -15,7 +15,7 @@ from mergejax.methods.elect import per_expert
 
 
 @reduce(space="weights", needs=("gram",))
-def gram_solve(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
+def gram_solve(shrink: Fraction = 0.9, weights: NonNegatives = 1.0):
     r"""Solves the layer-wise regression on the experts' outputs.
 
     See `regmean` for the formula and the arguments.
@@ -37,7 +37,7 @@ def gram_solve(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
 
 
 @reduce(space="weights", needs=("affine_gram",))
-def affine_solve(shrink: Fraction = 0.9, weights: NonNegative = 1.0):
+def affine_solve(shrink: Fraction = 0.9, weights: NonNegatives = 1.0):
     r"""`gram_solve` for a kernel and its bias together, the last row of :math:`[W; b]`.
 
     What is shrunk are the covariances of the inputs; their means are not, as the matrix would
@@ -86,7 +86,7 @@ def _regressed(ds, layout, grams, weights):
 @method
 def regmean(
     shrink: Fraction = 0.9,
-    weights: NonNegative = 1.0,
+    weights: NonNegatives = 1.0,
     biases: Literal["averaged", "joint"] = "averaged",
 ):
     r"""Merges every linear layer by least squares on its experts' outputs.

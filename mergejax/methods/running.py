@@ -6,8 +6,7 @@ import jax.numpy as jnp
 
 from mergejax.chains import chain
 from mergejax.core import Parts, fold, method, reduce
-from mergejax.errors import MergeError
-from mergejax.hyper import Fraction, NonNegative, Positive
+from mergejax.hyper import Count, Fraction, NonNegative, Positives
 from mergejax.methods.elect import per_expert
 
 
@@ -35,7 +34,7 @@ def exponential_mean(decay: Fraction = 0.9) -> Parts:
 
 
 @fold(elementwise=True, space="either")
-def window_mean(length: int = 5) -> Parts:
+def window_mean(length: Count = 5) -> Parts:
     """The mean of the last experts; memory for as many of them.
 
     Args:
@@ -53,8 +52,6 @@ def window_mean(length: int = 5) -> Parts:
         >>> print(mj.merge(mj.window_mean(length=2), None, experts)['w'])
         [2.]
     """
-    if length < 1:
-        raise MergeError(f"window_mean(length={length}) averages nothing; choose 1 or more")
 
     def apply(state, d, leaf, seen):
         last, count = state
@@ -95,7 +92,7 @@ def ema(decay: Fraction = 0.9):
 
 
 @method
-def window_average(length: int = 5):
+def window_average(length: Count = 5):
     """The mean of the last checkpoints.
 
     Args:
@@ -120,7 +117,7 @@ def window_average(length: int = 5):
 
 @reduce(elementwise=True, space="either")
 def metric_mean(
-    metrics: Positive = 1.0, power: NonNegative = 1.0, by: Literal["loss", "score"] = "loss"
+    metrics: Positives = 1.0, power: NonNegative = 1.0, by: Literal["loss", "score"] = "loss"
 ):
     r"""Averages with weights from a metric, :math:`w_i\propto\ell_i^{-p}` or :math:`s_i^p`.
 
@@ -152,7 +149,7 @@ def metric_mean(
 
 @method
 def metrics_weighted(
-    metrics: Positive = 1.0, power: NonNegative = 1.0, by: Literal["loss", "score"] = "loss"
+    metrics: Positives = 1.0, power: NonNegative = 1.0, by: Literal["loss", "score"] = "loss"
 ):
     r"""Averages checkpoints with weights from their metrics.
 

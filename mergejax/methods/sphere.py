@@ -7,11 +7,14 @@ import jax.numpy as jnp
 
 from mergejax.chains import chain
 from mergejax.core import method, reduce
-from mergejax.hyper import Positive, Weights
+from mergejax.hyper import Positive, Weights, Whole
 from mergejax.leaves import as_rows
+from mergejax.methods.combine import of_deltas, of_weights
 from mergejax.methods.elect import per_expert
 
 Scope = Literal["tensor", "row", "column"]
+Space = Literal["deltas", "weights"]
+_SPACES = {"deltas": of_deltas, "weights": of_weights}
 
 
 def _vectors(x, layout, scope):
@@ -36,18 +39,9 @@ def _arc(a, b, t):
     return first * a + second * b
 
 
-def _weighted_arc(ds, leaf, weights, scope):
-    first, second = per_expert(weights, 2)
-    mass = first + second
-    usable = jnp.abs(mass) >= 1e-6
-    t = jnp.where(usable, second / jnp.where(usable, mass, 1.0), 0.5)
-    (a, restore), (b, _) = (_vectors(d, leaf.layout, scope) for d in ds)
-    return restore(_arc(a, b, t))
-
-
-@reduce(experts=2)
-def delta_arc(weights: Weights = 1.0, scope: Scope = "tensor"):
-    r"""Interpolates the deltas of two experts along the arc between them.
+@reduce(space="either", experts=2)
+def arc_between(weights: Weights = 1.0, scope: Scope = "tensor"):
+    r"""Interpolates along the arc between two experts, seen from zero.
 
     .. math:: \frac{\sin((1-t)\varphi)\,\tau_1+\sin(t\varphi)\,\tau_2}{\sin\varphi},\qquad
         t=\frac{w_2}{w_1+w_2}
@@ -58,43 +52,31 @@ def delta_arc(weights: Weights = 1.0, scope: Scope = "tensor"):
             'column'.
 
     Returns:
-        A reduction of exactly two experts.
-
-    Example:
-        >>> import jax.numpy as jnp, mergejax as mj
-        >>> base = {'w': jnp.zeros(2)}
-        >>> experts = [{'w': jnp.asarray([1.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
-        >>> print(mj.merge(mj.delta_arc(), base, experts)['w'].round(4))
-        [0.7071 0.7071]
-    """
-    return lambda ds, leaf, seen: _weighted_arc(ds, leaf, weights, scope)
-
-
-@reduce(space="weights", experts=2)
-def weight_arc(weights: Weights = 1.0, scope: Scope = "tensor"):
-    """Interpolates the weights of two experts along the arc between them, as `delta_arc` does.
-
-    Args:
-        weights: w, one per expert.
-        scope: see `delta_arc`.
-
-    Returns:
-        A reduction of exactly two experts; it needs no base.
+        A reduction of exactly two experts, of their deltas behind `of_deltas`, else of weights.
 
     Example:
         >>> import jax.numpy as jnp, mergejax as mj
         >>> experts = [{'w': jnp.asarray([1.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
-        >>> print(mj.merge(mj.weight_arc([1, 1]), None, experts)['w'].round(4))
+        >>> print(mj.merge(mj.arc_between(), None, experts)['w'].round(4))
         [0.7071 0.7071]
     """
-    return lambda ds, leaf, seen: _weighted_arc(ds, leaf, weights, scope)
+
+    def apply(ds, leaf, seen):
+        first, second = per_expert(weights, 2)
+        mass = first + second
+        usable = jnp.abs(mass) >= 1e-6
+        t = jnp.where(usable, second / jnp.where(usable, mass, 1.0), 0.5)
+        (a, restore), (b, _) = (_vectors(d, leaf.layout, scope) for d in ds)
+        return restore(_arc(a, b, t))
+
+    return apply
 
 
 @method
 def nuslerp(
     weights: Weights = 1.0,
     scope: Scope = "tensor",
-    of: Literal["deltas", "weights"] = "deltas",
+    of: Space = "deltas",
 ):
     r"""Spherical interpolation of two experts by weights, of their deltas or of their weights.
 
@@ -121,8 +103,7 @@ def nuslerp(
 
     NuSLERP of mergekit 0.1.5.
     """
-    arcs = {"deltas": delta_arc, "weights": weight_arc}
-    return chain(arcs[of](weights, scope))
+    return chain(_SPACES[of](), arc_between(weights, scope))
 
 
 def _gram(ds):
@@ -139,22 +120,9 @@ def _positive_or(x, otherwise):
     return jnp.where(x > 0, x, otherwise)
 
 
-def _sphere_mean(ds, weights, normalize):
-    """The mean direction of leaves with their mean length."""
-    shares = jnp.stack(per_expert(weights, len(ds)))
-    shares = shares / shares.sum() if normalize else shares
-    gram = _gram(ds)
-    lengths = jnp.sqrt(jnp.diagonal(gram))
-    directions = jnp.where(lengths > 0, shares / _positive_or(lengths, 1.0), 0.0)
-    norm = jnp.sqrt(jnp.maximum(directions @ gram @ directions, 0.0))
-    usable = norm >= 1e-8
-    length = (shares * lengths).sum()
-    return _mix(jnp.where(usable, directions * length / _positive_or(norm, 1.0), shares), ds)
-
-
-@reduce
+@reduce(space="either")
 def sphere_mean(weights: Weights = 1.0, normalize: bool = True):
-    r"""Averages the directions of deltas and gives the result their mean length, leaf by leaf.
+    r"""Averages directions and gives the result their mean length, leaf by leaf.
 
     .. math:: \Big(\sum_i w_i\|\tau_i\|\Big)\frac{\mu}{\|\mu\|},\qquad
         \mu=\sum_i w_i\frac{\tau_i}{\|\tau_i\|}
@@ -164,7 +132,8 @@ def sphere_mean(weights: Weights = 1.0, normalize: bool = True):
         normalize: whether the weights are divided by their sum.
 
     Returns:
-        A reduction; where the directions cancel, the weighted mean.
+        A reduction, of deltas behind `of_deltas`, else of weights; where the directions cancel,
+        the weighted mean.
 
     Example:
         >>> import jax.numpy as jnp, mergejax as mj
@@ -174,32 +143,22 @@ def sphere_mean(weights: Weights = 1.0, normalize: bool = True):
         [1.4142 1.4142]
     """
 
-    return lambda ds, leaf, seen: _sphere_mean(ds, weights, normalize)
+    def apply(ds, leaf, seen):
+        shares = jnp.stack(per_expert(weights, len(ds)))
+        shares = shares / shares.sum() if normalize else shares
+        gram = _gram(ds)
+        lengths = jnp.sqrt(jnp.diagonal(gram))
+        directions = jnp.where(lengths > 0, shares / _positive_or(lengths, 1.0), 0.0)
+        norm = jnp.sqrt(jnp.maximum(directions @ gram @ directions, 0.0))
+        usable = norm >= 1e-8
+        length = (shares * lengths).sum()
+        return _mix(jnp.where(usable, directions * length / _positive_or(norm, 1.0), shares), ds)
 
-
-@reduce(space="weights")
-def weight_sphere_mean(weights: Weights = 1.0, normalize: bool = True):
-    """Averages the directions of weights, seen from zero, as `sphere_mean` does for deltas.
-
-    Args:
-        weights, normalize: see `sphere_mean`.
-
-    Returns:
-        A reduction; it needs no base.
-
-    Example:
-        >>> import jax.numpy as jnp, mergejax as mj
-        >>> experts = [{'w': jnp.asarray([3.0, 0.0])}, {'w': jnp.asarray([0.0, 1.0])}]
-        >>> print(mj.merge(mj.weight_sphere_mean(), None, experts)['w'].round(4))
-        [1.4142 1.4142]
-    """
-    return lambda ds, leaf, seen: _sphere_mean(ds, weights, normalize)
+    return apply
 
 
 @method
-def multislerp(
-    weights: Weights = 1.0, normalize: bool = True, of: Literal["deltas", "weights"] = "deltas"
-):
+def multislerp(weights: Weights = 1.0, normalize: bool = True, of: Space = "deltas"):
     r"""Averages the directions of any number of deltas and keeps their mean length.
 
     .. math:: \theta=\theta_0+\Big(\sum_i w_i\|\tau_i\|\Big)\frac{\mu}{\|\mu\|},\qquad
@@ -223,12 +182,11 @@ def multislerp(
     multislerp of mergekit 0.1.5. Its average in the tangent space at the mean direction is zero by
     construction, so that this form is all that is left of it.
     """
-    means = {"deltas": sphere_mean, "weights": weight_sphere_mean}
-    return chain(means[of](weights, normalize))
+    return chain(_SPACES[of](), sphere_mean(weights, normalize))
 
 
 @reduce(space="weights")
-def karcher_mean(weights: Weights = 1.0, iterations: int = 10, tolerance: Positive = 1e-5):
+def karcher_mean(weights: Weights = 1.0, iterations: Whole = 10, tolerance: Positive = 1e-5):
     r"""The point on the sphere with the least mean squared angle to all experts, leaf by leaf.
 
     .. math:: \Big(\sum_i w_i\|\theta_i\|\Big)\,\arg\min_{\|x\|=1}\sum_i w_i
@@ -295,7 +253,7 @@ def _karcher(cosines, shares, iterations, tolerance):
 
 
 @method
-def karcher(weights: Weights = 1.0, iterations: int = 10, tolerance: Positive = 1e-5):
+def karcher(weights: Weights = 1.0, iterations: Whole = 10, tolerance: Positive = 1e-5):
     r"""The Karcher mean of the experts' directions, with their mean length, leaf by leaf.
 
     .. math:: \theta=\Big(\sum_i w_i\|\theta_i\|\Big)\,\arg\min_{\|x\|=1}\sum_i w_i

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mergejax.chains import by_role, chain
 from mergejax.core import Array, method, reduce
-from mergejax.hyper import Density, Positive, Scaling, refuse_lists
+from mergejax.hyper import Density, Positive, Scaling
 from mergejax.linalg.spectral import gram_filter, on_matrices
 from mergejax.methods.combine import mean, scale
 from mergejax.methods.wudi import input_gram, interference, mean_of_present
@@ -49,8 +49,6 @@ def flow_from_interference(time: Positive = 300.0, density: Density = 0.65, star
         >>> mj.flow_from_interference(time=1300.0)
         flow_from_interference(time=1300.0)
     """
-
-    refuse_lists("flow_from_interference", time=time, density=density)
 
     def merge(*ds):
         def response(values):

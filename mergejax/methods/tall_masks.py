@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 from mergejax.chains import chain
-from mergejax.core import joint, method, refine
-from mergejax.hyper import NonNegative, Scaling
+from mergejax.core import joint, method, refine, restore
+from mergejax.hyper import NonNegatives, Scaling, Whole
 from mergejax.methods.combine import scale, total
 from mergejax.methods.elect import per_expert
 
@@ -15,8 +15,12 @@ def _needed(ds, merged, threshold):
     return [jnp.abs(d) > limit * jnp.abs(merged - d) for d, limit in several]
 
 
+def _masked(ds, merged, threshold):
+    return [jnp.where(mask, merged, 0.0) for mask in _needed(ds, merged, threshold)]
+
+
 @joint(elementwise=True)
-def tall_masks(threshold: NonNegative = 0.4):
+def tall_masks(threshold: NonNegatives = 0.4):
     r"""One model for each task: the sum of the deltas where the task needs it, else the base.
 
     .. math:: \tau_m=\textstyle\sum_i\tau_i,\quad
@@ -43,17 +47,41 @@ def tall_masks(threshold: NonNegative = 0.4):
 
     Localizing task information for improved model merging and compression (Wang et al., 2024,
     arXiv:2405.07813), over the plain sum, as in the authors' code; `mj.compress` packs the masks.
+    Over another method write `ties(reduction='sum')|task_masks()`.
     """
 
-    def apply(ds, leaf, seen):
-        merged = sum(ds)
-        return [jnp.where(mask, merged, 0.0) for mask in _needed(ds, merged, threshold)]
-
-    return apply
+    return lambda ds, leaf, seen: _masked(ds, sum(ds), threshold)
 
 
-@refine(elementwise=True, per_expert=("threshold",))
-def consensus_mask(threshold: NonNegative = 0.4, agreement: int = 2):
+@restore(elementwise=True)
+def task_masks(threshold: NonNegatives = 0.4):
+    r"""One model for each task: a merged delta where the task needs it, else the base.
+
+    .. math:: \theta_t=\theta_0+m_t\odot\tau_m,\qquad
+        m_t = 1[\,|\tau_t| > \lambda_t\,|\tau_m-\tau_t|\,]
+
+    Args:
+        threshold: :math:`\lambda`, a number or one per expert.
+
+    Returns:
+        A stage that ends a chain, behind the reduction, whatever method that is.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base = {'w': jnp.zeros(2)}
+        >>> experts = [{'w': jnp.asarray([4.0, 1.0])}, {'w': jnp.asarray([-1.0, 2.0])}]
+        >>> method = "ties(density=1.0, reduction='sum')|task_masks(threshold=0.4)"
+        >>> [model['w'].tolist() for model in mj.merge(method, base, experts)]
+        [[4.0, 3.0], [0.0, 3.0]]
+
+    TALL-masks (Wang et al., 2024, arXiv:2405.07813): behind `total()` these are `tall_masks`; the
+    authors' other choice is ties(density=0.2, reduction='sum').
+    """
+    return lambda merged, ds, leaf, seen: _masked(ds, merged, threshold)
+
+
+@refine(elementwise=True)
+def consensus_mask(threshold: NonNegatives = 0.4, agreement: Whole = 2):
     r"""Keeps the elements of a merged delta that several experts need.
 
     .. math:: \tau_m \leftarrow \tau_m\odot 1\Big[\textstyle\sum_t m_t \ge k\Big],\qquad
@@ -85,7 +113,7 @@ def consensus_mask(threshold: NonNegative = 0.4, agreement: int = 2):
 
 
 @method
-def consensus(threshold: NonNegative = 0.4, agreement: int = 2, scaling: Scaling = 0.3):
+def consensus(threshold: NonNegatives = 0.4, agreement: Whole = 2, scaling: Scaling = 0.3):
     r"""Task arithmetic on the elements that several experts need.
 
     .. math:: \theta=\theta_0+\lambda\,1\Big[\textstyle\sum_t m_t \ge k\Big]\odot\sum_i\tau_i

@@ -37,7 +37,9 @@ def ties(
         cut: how many elements a density means, see `trim`.
         sign: elected by 'mass' or by 'count'.
         zero: sign of a drawn vote, see `elect_sign`.
-        reduction: 'mean', 'sum' or 'max' of the experts that agree.
+        reduction: 'mean', 'sum' or 'max' of the experts that agree. Where a vote is drawn and so
+            is that of the whole model, all three take the negative values; the authors' 'max'
+            gives 0 there.
 
     Returns:
         A method.

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from mergejax.chains import chain
 from mergejax.core import Parts, joint, method
-from mergejax.hyper import Fraction, Scaling, refuse_lists
+from mergejax.hyper import Fraction, Scaling
 from mergejax.methods.combine import scale, total
 from mergejax.summaries import bounded_rank, kept_count, magnitude_key, rank_rounds
 
@@ -32,8 +32,6 @@ def mask_conflicts(quantile: Fraction = 0.99) -> Parts:
         >>> print(mj.merge(mj.chain(mj.mask_conflicts(0.9), mj.total()), base, experts)['w'])
         [3.1 0.  5. ]
     """
-
-    refuse_lists("mask_conflicts", quantile=quantile)
 
     def apply(ds, leaf, seen):
         conflict = _conflict(ds)

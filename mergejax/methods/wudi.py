@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from mergejax.chains import by_role, chain
 from mergejax.core import Array, method, reduce
-from mergejax.errors import MergeError
-from mergejax.hyper import Fraction, Positive, Scaling, refuse_lists
+from mergejax.hyper import Fraction, Positive, Scaling, Whole
 from mergejax.linalg.descent import descend
 from mergejax.linalg.spectral import on_matrices, truncate, unit
 from mergejax.linalg.subspaces import equal_ranks, present
 from mergejax.methods.combine import mean, scale, total
+
+Norm = Literal["square", "plain"]
 
 
 def interference(start: Array, ds, grams) -> tuple[Array, Array]:
@@ -44,15 +45,8 @@ def _settled(start, ds, grams, optimizer, steps):
     return start + descend(gradient, jnp.zeros_like(start), optimizer, steps)
 
 
-def _refuse_steps(label: str, steps: int) -> None:
-    if steps < 0:
-        raise MergeError(
-            f"{label}(steps={steps}) takes a negative number of steps; choose 0 or more"
-        )
-
-
 @reduce
-def least_interference(steps: int = 300, learning_rate: Positive = 1e-5):
+def least_interference(steps: Whole = 300, learning_rate: Positive = 1e-5, norm: Norm = "square"):
     r"""Moves the sum of the deltas away from interference, by Adam.
 
     See `wudi` for the formula and the arguments.
@@ -65,13 +59,11 @@ def least_interference(steps: int = 300, learning_rate: Positive = 1e-5):
         >>> mj.least_interference(steps=100)
         least_interference(steps=100)
     """
-    refuse_lists("least_interference", learning_rate=learning_rate)
-    _refuse_steps("least_interference", steps)
 
     def merge(*ds):
         import optax  # here, for it takes a third of the time that JAX does
 
-        grams = [input_gram(d) for d in ds]
+        grams = [input_gram(d) * (unit(d)[1] if norm == "plain" else 1) for d in ds]
         return _settled(sum(ds), ds, grams, optax.adam(learning_rate), steps)
 
     return lambda ds, leaf, seen: on_matrices(merge, leaf.layout, *ds)
@@ -79,7 +71,10 @@ def least_interference(steps: int = 300, learning_rate: Positive = 1e-5):
 
 @method
 def wudi(
-    steps: int = 300, learning_rate: Positive = 1e-5, others: Literal["mean", "base"] = "mean"
+    steps: Whole = 300,
+    learning_rate: Positive = 1e-5,
+    norm: Norm = "square",
+    others: Literal["mean", "base"] = "mean",
 ):
     r"""Minimises the interference between each kernel's merged delta and its experts' inputs.
 
@@ -92,6 +87,9 @@ def wudi(
     Args:
         steps: 300 in the authors' code, 400 in FusionBench. Static.
         learning_rate: each value moves by about this much a step, at most.
+        norm: each expert's part is divided by the 'square' of its delta's norm (the paper and
+            FusionBench) or by the 'plain' norm (the authors' code for vision), so that experts that
+            moved far weigh more.
         others: what happens to all other leaves: their 'mean' (FusionBench) or the 'base' (the
             authors' code for vision).
 
@@ -110,17 +108,31 @@ def wudi(
         [[1. 0.]
          [0. 0.]]
 
-    Whoever started the interference should end it (Cheng et al., 2025, arXiv:2503.08099), with the
-    squared norm of the paper (the authors' code for vision divides by the norm). An expert whose
-    delta of a leaf is zero has no part in the sum.
+    Whoever started the interference should end it (Cheng et al., 2025, arXiv:2503.08099). The
+    authors' code for vision is norm='plain', others='base'. An expert whose delta of a leaf is zero
+    has no part in the sum.
     """
     otherwise = mean() if others == "mean" else total(weights=0.0)
-    return chain(by_role(kernel=least_interference(steps, learning_rate), otherwise=otherwise))
+    return chain(
+        by_role(kernel=least_interference(steps, learning_rate, norm), otherwise=otherwise)
+    )
+
+
+def _nearest(d: Array, rank: Array) -> Array:
+    """The nearest matrix of a rank, of any scale."""
+    direction, norm = unit(d)
+    return norm * truncate(direction, rank)
+
+
+def _grams(ds, ranks):
+    """The Gram matrices of the experts' low-rank parts, by the squared norms of the whole."""
+    nearest = [truncate(unit(d)[0], rank) for d, rank in zip(ds, ranks, strict=True)]
+    return [x.T @ x for x in nearest]
 
 
 @reduce
 def low_rank_interference(
-    steps: int = 300, learning_rate: Positive = 1e-4, momentum: Fraction = 0.9
+    steps: Whole = 300, learning_rate: Positive = 1e-4, momentum: Fraction = 0.9
 ):
     r"""Moves the mean of the deltas towards their low-rank parts, by gradient descent.
 
@@ -134,20 +146,51 @@ def low_rank_interference(
         >>> mj.low_rank_interference(momentum=0.0)
         low_rank_interference(momentum=0.0)
     """
-    refuse_lists("low_rank_interference", learning_rate=learning_rate, momentum=momentum)
-    _refuse_steps("low_rank_interference", steps)
 
     def merge(*ds):
         import optax
 
-        targets, grams = [], []
-        for d, rank in zip(ds, equal_ranks(ds), strict=True):
-            direction, norm = unit(d)
-            nearest = truncate(direction, rank)
-            targets.append(norm * nearest)
-            grams.append(nearest.T @ nearest)
+        ranks = equal_ranks(ds)
+        targets = [_nearest(d, rank) for d, rank in zip(ds, ranks, strict=True)]
         optimizer = optax.sgd(learning_rate, momentum)
-        return _settled(mean_of_present(ds), targets, grams, optimizer, steps)
+        return _settled(mean_of_present(ds), targets, _grams(ds, ranks), optimizer, steps)
+
+    return lambda ds, leaf, seen: on_matrices(merge, leaf.layout, *ds)
+
+
+@reduce
+def interference_around_mean(steps: Whole = 300, learning_rate: Positive = 1e-5):
+    r"""Moves the sum of the deltas towards their mean with what each adds to it at low rank.
+
+    .. math:: \min_X\sum_i\frac{1}{\|\tau_i\|^2}
+        \big\|\big(X-\bar\tau-(\tau_i-\bar\tau)^{(r)}\big)\,V_i^{(r)}S_i^{(r)}\big\|^2
+
+    for kernels [out, in], by so many steps of Adam from :math:`X_0=\sum_i\tau_i`, with r and
+    :math:`V_i^{(r)}S_i^{(r)}` as in `opt_merge` and :math:`\bar\tau` the mean of the deltas.
+
+    Args:
+        steps: static.
+        learning_rate: each value moves by about this much a step, at most.
+
+    Returns:
+        A reduction of kernels; a single expert comes back as it is.
+
+    Example:
+        >>> import mergejax as mj
+        >>> kernels = mj.interference_around_mean()
+        >>> mj.chain(mj.by_role(kernel=kernels, otherwise=mj.mean()), mj.scale(0.1))
+        by_role(kernel=interference_around_mean(), otherwise=mean())|scale(scaling=0.1)
+
+    OptMerge (Wei et al., 2025, arXiv:2505.19892) as in the authors' script for vision-language
+    models, which scales by 0.1.
+    """
+
+    def merge(*ds):
+        import optax
+
+        ranks, middle = equal_ranks(ds), mean_of_present(ds)
+        targets = [middle + _nearest(d - middle, rank) for d, rank in zip(ds, ranks, strict=True)]
+        return _settled(sum(ds), targets, _grams(ds, ranks), optax.adam(learning_rate), steps)
 
     return lambda ds, leaf, seen: on_matrices(merge, leaf.layout, *ds)
 
@@ -155,7 +198,7 @@ def low_rank_interference(
 @method
 def opt_merge(
     scaling: Scaling = 1.0,
-    steps: int = 300,
+    steps: Whole = 300,
     learning_rate: Positive = 1e-4,
     momentum: Fraction = 0.9,
 ):
@@ -188,8 +231,9 @@ def opt_merge(
          [0. 1.]]
 
     OptMerge, or WUDI v2 (Wei et al., 2025, arXiv:2505.19892), as in the authors' code for language
-    models. Experts whose delta of a leaf is zero are not counted in N there; with more experts
-    than min(in, out) nothing is optimised and the mean stays.
+    models; `interference_around_mean` is that of the script for vision. Experts whose delta of a
+    leaf is zero are not counted in N there; with more experts than min(in, out) nothing is
+    optimised and the mean stays.
     """
     kernels = low_rank_interference(steps, learning_rate, momentum)
     return chain(by_role(kernel=kernels, otherwise=mean()), scale(scaling))

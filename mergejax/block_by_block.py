@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from flax import serialization
+from flax import nnx, serialization
 
 from mergejax import collect
 from mergejax.api import merge
+from mergejax.collect.streaming import nnx_parts
 from mergejax.errors import MergeError, raise_all, some
 from mergejax.language import as_chain
 
@@ -20,13 +21,14 @@ class Block(NamedTuple):
 
     Attributes:
         leaves: names at the top of the parameters that the step owns.
-        apply: (the parameters under these names, inputs) -> the inputs of the next step.
+        apply: (the parameters under these names, inputs) -> the inputs of the next step; or an NNX
+            module that has these names and no other, called on the inputs.
         calibrated: whether statistics are collected here; where not, these leaves are merged as the
             method merges leaves without them.
     """
 
     leaves: tuple[str, ...]
-    apply: Callable[[Any, Any], Any]
+    apply: Callable[[Any, Any], Any] | nnx.Module
     calibrated: bool = True
 
 
@@ -60,7 +62,8 @@ def sequential(
     Args:
         method: a method or its string; may read 'gram', 'affine_gram', 'drift', 'norm_moments'.
         blocks: the model's steps in order; together they own every leaf once.
-        base: the common start, nested dictionaries of arrays, or None where the method needs none.
+        base: the common start, nested dictionaries of arrays or an NNX state, or None where the
+            method needs none.
         experts: trees like base.
         batches: for each expert an iterable of its task's inputs to the first block.
         names: of the experts; see `mj.merge`.
@@ -68,7 +71,7 @@ def sequential(
         dtype: of the result; see `mj.merge`.
 
     Returns:
-        The merged tree, nested dictionaries.
+        The merged tree, nested dictionaries (`nnx.replace_by_pure_dict` puts them into a state).
 
     Raises:
         MergeError: blocks that leave out or share leaves, not one iterable per expert, an expert
@@ -89,8 +92,8 @@ def sequential(
     Gram matrix are averaged by RegMean in every block, also behind the last one, where the authors'
     code for CLIP keeps the base's.
     """
-    several = [serialization.to_state_dict(expert) for expert in experts]
-    start = None if base is None else serialization.to_state_dict(base)
+    several = [_nested(expert) for expert in experts]
+    start = None if base is None else _nested(base)
     chain = as_chain(method)
     models = {f"expert {i}": tree for i, tree in enumerate(several)}
     known = models if start is None else {"the base": start, **models}
@@ -107,7 +110,7 @@ def sequential(
     for number, block in enumerate(blocks):
         parts = [_part(tree, block) for tree in several]
         before = None if start is None else _part(start, block)
-        apply = jax.jit(block.apply)
+        run = _runner(block)
         nothing: Mapping[str, Any] = {need: [{}] * len(parts) for need in chain.needs}
         merge_with = functools.partial(
             merge, chain, before, parts, names=names, seed=seed, dtype=dtype
@@ -115,21 +118,44 @@ def sequential(
         found = nothing
         if block.calibrated:
             plain = merge_with(stats=nothing) if set(chain.needs) & set(_OF_MERGED) else None
+            student = None if plain is None else run.params(plain)
+            sights = [
+                Sight(run.params(part), student, each, mine)
+                for part, each, mine in zip(parts, inputs, own, strict=True)
+            ]
             found = {
-                need: [
-                    COLLECTED[need](apply, Sight(part, plain, each, mine))
-                    for part, each, mine in zip(parts, inputs, own, strict=True)
-                ]
-                for need in chain.needs
+                need: [COLLECTED[need](run.model, see) for see in sights] for need in chain.needs
             }
         result = merge_with(stats=found)
         merged |= result
         if number + 1 < len(blocks):
-            inputs = [[apply(result, batch) for batch in each] for each in inputs]
+            inputs = [[run.call(result, batch) for batch in each] for each in inputs]
             if "drift" in chain.needs:
                 pairs = zip(parts, own, strict=True)
-                own = [[apply(part, batch) for batch in each] for part, each in pairs]
+                own = [[run.call(part, batch) for batch in each] for part, each in pairs]
     return merged
+
+
+class _Runner(NamedTuple):
+    """A block as collectors take it: a model, its parameters from a part, and a compiled call."""
+
+    model: Any
+    params: Callable[[Tree], Any]
+    call: Callable[[Tree, Any], Any]
+
+
+def _runner(block: Block) -> _Runner:
+    if not isinstance(block.apply, nnx.Module):
+        apply = jax.jit(block.apply)
+        return _Runner(apply, lambda part: part, apply)
+    build, state = nnx_parts(block.apply, None)
+
+    def params(part: Tree) -> Any:
+        filled = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(filled, nnx.restore_int_paths(part))
+        return filled
+
+    return _Runner(block.apply, params, jax.jit(lambda part, x: build(params(part))(x)))
 
 
 class Sight(NamedTuple):
@@ -157,6 +183,11 @@ COLLECTED: Mapping[str, Callable[[Any, Sight], Any]] = {
     ),
     "norm_moments": lambda apply, see: collect.norm_moments(apply, see.merged, see.inputs),
 }
+
+
+def _nested(tree: Tree) -> dict[str, Any]:
+    pure = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
+    return serialization.to_state_dict(pure)
 
 
 def _part(tree: Tree, block: Block) -> Tree:

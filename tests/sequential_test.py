@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import mergejax as mj
 from mergejax.models import vit
@@ -93,6 +94,38 @@ def test_equals_the_restated_sweep_on_batches(models):
     # The first block sees the data themselves; the last one other inputs than RegMean's.
     np.testing.assert_allclose(merged["first"]["kernel"], plain["first"]["kernel"], atol=1e-5)
     assert not np.allclose(merged["third"]["kernel"], plain["third"]["kernel"], atol=1e-3)
+
+
+class Step(nnx.Module):
+    """One layer of the same network in NNX, under its name."""
+
+    def __init__(self, name, sizes):
+        setattr(self, name, nnx.Linear(*sizes, rngs=nnx.Rngs(0)))
+
+    def __call__(self, x):
+        (name,) = nnx.to_pure_dict(nnx.state(self))
+        y = getattr(self, name)(x)
+        return y if name == "third" else jnp.tanh(y)
+
+
+@pytest.mark.parametrize("method", ["regmean(shrink=0.95)", "featcal()"])
+def test_nnx_modules_are_blocks_as_functions_are(models, method):
+    experts, data = models
+    sizes = {"first": (6, 5), "second": (5, 4), "third": (4, 3)}
+    steps = [mj.Block((name,), Step(name, size)) for name, size in sizes.items()]
+
+    def state(tree):
+        whole = nnx.merge_state(*(nnx.state(step.apply, nnx.Param) for step in steps))
+        nnx.replace_by_pure_dict(whole, tree)
+        return whole
+
+    batches = [[x] for x in data]
+    found = mj.sequential(method, steps, state(experts[2]), [state(e) for e in experts], batches)
+    expected = mj.sequential(method, BLOCKS, experts[2], experts, batches)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+    into = state(experts[0])
+    nnx.replace_by_pure_dict(into, found)
+    assert jnp.array_equal(into["third"]["kernel"].get_value(), found["third"]["kernel"])
 
 
 def test_identical_experts_return_themselves(models):

@@ -117,6 +117,37 @@ def test_bayesian_limits_are_the_regression_and_the_anchor():
     np.testing.assert_allclose(merge("bayesian(ridge=1e6)")[kernel], anchor, atol=1e-5)
 
 
+@pytest.mark.parametrize("ridge", [0.01, 1.0])
+def test_the_anchored_layer_is_a_minimum_of_drift_and_pull(ridge):
+    base, experts, stats = inputs(3)
+    merged = mj.merge(mj.bayesian(ridge=ridge), base, experts, stats={"gram": stats["gram"]})
+    targets, start = [layer(expert) for expert in experts], layer(base)
+    anchor = start + 0.3 * sum(w - start for w in targets)
+    grams = [g["block_0/dense/kernel"].astype(np.float64) for g in stats["gram"]]
+    grams = [g / np.linalg.norm(g) for g in grams]
+    w = layer(merged)
+    slope = sum(g @ (w - t) for g, t in zip(grams, targets, strict=True)) + ridge * (w - anchor)
+    size = np.linalg.norm(sum(g @ (anchor - t) for g, t in zip(grams, targets, strict=True)))
+    assert np.linalg.norm(slope) < 1e-4 * size
+    pulled = lambda w: drift(w, targets, grams) + ridge * np.sum((w - anchor) ** 2)
+    rng = np.random.default_rng(0)
+    assert all(pulled(w + 1e-2 * rng.normal(size=w.shape)) > pulled(w) for _ in range(10))
+
+
+def test_fisher_is_the_joint_optimum_of_the_experts_own_quadratics():
+    """Losses Σ F_i (θ − θ_i)² / 2 with diagonal F_i: their sum is least where fisher merges."""
+    base, experts, stats = inputs(3)
+    merged = trees.flat(
+        mj.merge("fisher(normalize=False, floor=0.0)", base, experts,
+                 stats={"fisher": stats["fisher"]})
+    )  # fmt: skip
+    for name, x in merged.items():
+        curvature = [np.asarray(f[name], np.float64) for f in stats["fisher"]]
+        centers = [np.asarray(trees.flat(e)[name], np.float64) for e in experts]
+        slope = sum(f * (x - c) for f, c in zip(curvature, centers, strict=True))
+        assert np.abs(slope).max() < 1e-5 * max(np.abs(c).max() for c in centers)
+
+
 def test_frobenius_weights_are_the_regression_with_multiples_of_the_identity():
     """FroM next to RegMean: Gram matrices |delta|^2 I."""
     base, experts, _ = inputs(3)

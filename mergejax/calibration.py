@@ -121,11 +121,11 @@ def statistics(
         missing = [name for name, path in paths.items() if not path.exists()]
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
-            batches = {name: _batches(tasks[name], settings) for name in missing}
-            total = sum(len(several) for several in batches.values())
+            given = {name: batches(tasks[name], settings) for name in missing}
+            total = sum(len(several) for several in given.values())
             with reporter.progress(f"collect {need}", total) as advance:
                 for name in missing:
-                    source = Source(trained, name, batches[name], settings.estimator)
+                    source = Source(trained, name, given[name], settings.estimator)
                     one = COLLECTORS[need](source, lambda done, total, what: advance(1))
                     data = f"{name}/train[:{min(settings.examples, len(tasks[name].train))}]"
                     collect.save(paths[name], one, trained.experts[name], data)
@@ -140,7 +140,8 @@ def statistics(
     return found
 
 
-def _batches(task: Task, settings: ml_collections.ConfigDict) -> list[Any]:
+def batches(task: Task, settings: ml_collections.ConfigDict) -> list[Any]:
+    """The inputs that statistics of a task are collected from, in batches."""
     inputs = task.train.inputs[: settings.examples]
     return [inputs[i : i + settings.batch] for i in range(0, len(inputs), settings.batch)]
 
@@ -185,6 +186,10 @@ def _gram(source: Source, advance: Advance) -> collect.Statistics:
     return _of_inputs(collect.gram, source, advance)
 
 
+def _affine_gram(source: Source, advance: Advance) -> collect.Statistics:
+    return _of_inputs(collect.affine_gram, source, advance)
+
+
 def _norm_square(source: Source, advance: Advance) -> collect.Statistics:
     return _of_inputs(collect.norm_square, source, advance)
 
@@ -197,6 +202,7 @@ def _of_inputs(collector: Any, source: Source, advance: Advance) -> collect.Stat
 COLLECTORS = {
     "fisher": _fisher,
     "gram": _gram,
+    "affine_gram": _affine_gram,
     "norm_square": _norm_square,
     "output_gram": _output_gram,
     "block_fisher": _block_fisher,

@@ -17,11 +17,22 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mergejax import calibration, data, errors, preflight, search, train, trial, workdir
+from mergejax import (
+    calibration,
+    data,
+    errors,
+    preflight,
+    procedures,
+    search,
+    train,
+    trial,
+    workdir,
+)
 from mergejax.checkpoints import fingerprint, orbax
 from mergejax.eval import conflict, report, tables
 from mergejax.models import bodies
 from mergejax.preflight import Job
+from mergejax.procedures import PROCEDURES
 
 Tree = Any
 SAMPLES = 8  # test examples of each task that are kept to try predictions with
@@ -50,7 +61,7 @@ def run(
     """
     workdir.check(folder)
     calibration.check(config.calibration)
-    planned, left_out = preflight.plan(config)
+    planned, left_out = preflight.plan(config, PROCEDURES)
     fingerprint.check(config, folder)
     tasks = data.load(config, folder, book)
     held_out = data.held_out(config, folder, book)
@@ -58,6 +69,8 @@ def run(
     job = preflight.job(config, folder, tasks, book, held_out)
     preflight.check(job, planned)
     preflight.check_compressions(job)
+    asked = [name for name in config.methods if name in PROCEDURES]
+    procedures.check(job, asked)
     book.keep(folder / LOG)
     fingerprint.write_json(folder / CONFIG, _shown(config, origin))
     missing, notes = preflight.pending(job, planned)
@@ -67,6 +80,7 @@ def run(
             book.log(sentence)
         trial.marks(job, trained)
         trial.merges(job, trained, missing, compiled)
+    procedures.measure(job, trained, asked)
     trial.compressions(job, trained)
     return _finish(job, trained, _scaling(job, trained))
 
@@ -189,6 +203,7 @@ def _markdown(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
             *shown,
             "## Every accuracy with its 95 % interval (Wilson)",
             tables.intervals(results),
+            *tables.fallbacks(results),
             "",
         ]
     )

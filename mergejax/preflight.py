@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -77,12 +77,15 @@ class Job:
         return {name: len(one.labels) for name, one in self.exams.items()}
 
 
-def plan(config: ml_collections.ConfigDict) -> tuple[Plan, list[str]]:
+def plan(
+    config: ml_collections.ConfigDict, procedures: Collection[str] = ()
+) -> tuple[Plan, list[str]]:
     """The methods of a config with the chains to try for each, and what is left out and why.
 
     Args:
         config: `methods` (none stands for those with something to search, and the average; 'all'
             for every registered one that applies), `search` and `data.tasks`.
+        procedures: names that stand for more than a chain, and are no part of the plan.
 
     Returns:
         By method its chains; a sentence for every method that does not apply.
@@ -95,6 +98,7 @@ def plan(config: ml_collections.ConfigDict) -> tuple[Plan, list[str]]:
     names, left_out = search.applicable(experts, everything)
     named = config.methods and not everything
     chosen, notes = (list(config.methods), []) if named else (names, left_out)
+    chosen = [name for name in chosen if name not in procedures]
     found: Plan = {}
     problems = []
     for name in chosen:
@@ -147,6 +151,7 @@ def job(
         stats={
             "fisher": base,
             "gram": _squares(kernels, lambda leaf: math.prod(leaf.shape[:-1])),
+            "affine_gram": _squares(kernels, lambda leaf: math.prod(leaf.shape[:-1]) + 1),
             "output_gram": _squares(kernels, lambda leaf: leaf.shape[-1]),
             "block_fisher": _squares(small, lambda leaf: leaf.size),
             "norm_square": traverse_util.unflatten_dict(norms),

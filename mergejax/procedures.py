@@ -5,7 +5,7 @@ images are classified rightly, and a text with the setting. Images are those of 
 are chosen on validation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,21 @@ import ml_collections
 import numpy as np
 import optax
 
-from mergejax import api, calibration, collect, preflight, quantize, representation, train
+from mergejax import (
+    api,
+    block_by_block,
+    calibration,
+    collect,
+    preflight,
+    quantize,
+    representation,
+    train,
+    trial,
+    workdir,
+)
+from mergejax.errors import raise_all
 from mergejax.eval import predict
+from mergejax.models import vit
 
 Tree = Any
 Right = Callable[[predict.Bundle], Any]
@@ -71,6 +84,35 @@ def react(
     return lambda images: predict.right(job.model, body, joined, images), f"{HOST}, beta=0.1"
 
 
+def preferences(
+    job: preflight.Job, trained: train.Trained, settings: ml_collections.ConfigDict
+) -> dict[str, Any]:
+    """ReACT for preferences between the first two tasks: what `front_plot.draw` takes."""
+    tasks = list(job.tasks)[:2]
+    body, both = _representations(job, trained, settings)
+    pairs = [both[name] for name in tasks]
+    found = representation.correction([z for z, _ in pairs], [y for _, y in pairs])
+
+    def scores(body: Tree, matrix: Any) -> list[float]:
+        heads = {**trained.heads}
+        heads |= {name: representation.absorb(heads[name], matrix) for name in tasks}
+        right = predict.right(job.model, body, predict.join_heads(heads, list(job.tasks)), job.test)
+        parts = predict.by_task(np.asarray(right), job.test, list(job.tasks))
+        return [float(parts[name].mean()) for name in tasks]
+
+    shares = [float(x) for x in np.linspace(0, 1, 21)]
+    untouched = jnp.eye(found.weights.shape[-1])
+    own = [scores(trained.experts[name], untouched)[i] for i, name in enumerate(tasks)]
+    several = [scores(body, representation.correct(found, [x, 1 - x])) for x in shares]
+    return {
+        "tasks": tasks,
+        "preferences": shares,
+        "scores": several,
+        "host": scores(body, untouched),
+        "experts": own,
+    }
+
+
 def surgery(
     job: preflight.Job, trained: train.Trained, settings: ml_collections.ConfigDict
 ) -> tuple[Right, str]:
@@ -118,7 +160,6 @@ def _quantised(kind: str, bits: int) -> Callable[..., tuple[Right, str]]:
         job: preflight.Job, trained: train.Trained, settings: ml_collections.ConfigDict
     ) -> tuple[Right, str]:
         body, experts = _host(job, trained), list(trained.experts.values())
-        chosen = ""
         if kind == "nearest":
             found = [(quantize.round_to_nearest(body, bits=bits), "")]
         else:
@@ -138,20 +179,51 @@ def _quantised(kind: str, bits: int) -> Callable[..., tuple[Right, str]]:
                     )
                     for anchor in (0.01, 0.1, 1.0)
                 ]
-        head = predict.join_heads(trained.heads, list(job.tasks))
+        models = [(quantize.dequantize(m, like=body), text) for m, text in found]
+        right, chosen = _best(job, trained, models)
+        return right, f"{HOST}, {bits} bits{chosen}"
 
-        def right(model: quantize.Quantized) -> Right:
-            whole = quantize.dequantize(model, like=body)
-            return lambda images: predict.right(job.model, whole, head, images)
+    return procedure
 
-        scores = [float(np.mean(np.asarray(right(m)(job.validation)))) for m, _ in found]
-        best, chosen = found[int(np.argmax(scores))]
-        return right(best), f"{HOST}, {bits} bits{chosen}"
+
+def _best(
+    job: preflight.Job, trained: train.Trained, found: Sequence[tuple[Tree, str]]
+) -> tuple[Right, str]:
+    """Of several bodies the one that is right most often on validation."""
+    head = predict.join_heads(trained.heads, list(job.tasks))
+
+    def right(body: Tree) -> Right:
+        return lambda images: predict.right(job.model, body, head, images)
+
+    scores = [float(np.mean(np.asarray(right(body)(job.validation)))) for body, _ in found]
+    best, text = found[int(np.argmax(scores))]
+    return right(best), text
+
+
+def _blockwise(*chains: str) -> Callable[..., tuple[Right, str]]:
+    """Merges block by block with each of the chains."""
+
+    def procedure(
+        job: preflight.Job, trained: train.Trained, settings: ml_collections.ConfigDict
+    ) -> tuple[Right, str]:
+        assert isinstance(job.model, vit.VisionTransformer)  # see `check`
+        blocks = vit.blocks(job.model, trained.base)
+        data = [calibration.batches(task, settings) for task in job.tasks.values()]
+        experts = list(trained.experts.values())
+        found = [
+            (block_by_block.sequential(chain, blocks, trained.base, experts, data), chain)
+            for chain in chains
+        ]
+        return _best(job, trained, found)
 
     return procedure
 
 
 PROCEDURES: Mapping[str, Callable[..., tuple[Right, str]]] = {
+    "regmean_plus_plus": _blockwise(*(f"regmean(shrink={x})" for x in (0.1, 0.5, 0.9, 1.0))),
+    "featcal": _blockwise(
+        *(f"featcal(scaling={s}, ridge={r})" for s in (0.15, 0.3) for r in (0.05, 0.5))
+    ),
     "react": react,
     "surgery": surgery,
     "localize_and_stitch_trained": localized,
@@ -160,3 +232,45 @@ PROCEDURES: Mapping[str, Callable[..., tuple[Right, str]]] = {
     "e_pmq_4_bits": _quantised("guided", 4),
     "e_pmq_8_bits": _quantised("guided", 8),
 }
+BLOCKWISE = ("regmean_plus_plus", "featcal")
+
+
+def check(job: preflight.Job, names: Sequence[str]) -> None:
+    """Refuses procedures that the job's model is not made for.
+
+    Raises:
+        MergeError: names each of them.
+    """
+    known = isinstance(job.model, vit.VisionTransformer)
+    raise_all(
+        [
+            f"config.methods: '{name}' merges block by block, and the blocks of "
+            f"{type(job.model).__name__} are not known here; choose a vision transformer, or call "
+            "mj.sequential with blocks of your own"
+            for name in names
+            if name in BLOCKWISE and not known
+        ]
+    )
+
+
+def measure(job: preflight.Job, trained: train.Trained, names: Sequence[str]) -> None:
+    """Measures what of the procedures the workdir does not hold yet.
+
+    Args:
+        job: what is known before training.
+        trained: base, experts and heads.
+        names: of `PROCEDURES`.
+    """
+    calibrated = {"examples": job.config.calibration.examples}
+    known = workdir.read_records(job.results)
+    for name in names:
+        former = known.get(name, {})
+        if (former.get("calibration"), former.get("examined")) == (calibrated, job.examined):
+            job.reporter.log(f"{name}: reused")
+            continue
+        right, text = PROCEDURES[name](job, trained, job.config.calibration)
+        facts = {"name": name, "kind": "procedure", "chain": text, "calibration": calibrated}
+        record = {**facts, **trial.accuracy(job, right)}
+        workdir.write_record(job.results, record)
+        mean = 100 * float(np.mean(list(record["validation"].values())))
+        job.reporter.log(f"{name}: {text}, {mean:.1f} % on validation")

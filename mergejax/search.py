@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax import api, chains, errors, language, registry
+from mergejax import api, calibration, chains, errors, language, registry
 
 Tree = Any
 EMPHASIS = "emphasis"  # a weight that each expert in turn has, the others having 1
@@ -105,6 +105,8 @@ def applicable(experts: int, everything: bool = False) -> tuple[list[str], list[
             why = f"it takes {entry.experts} experts and there are {experts}"
         elif entry and name not in RECIPES and not chains.reduces(entry.make()):
             why = "it gives one model per expert"
+        elif entry and (lost := set(chains.chain(entry.make()).needs) - {*calibration.COLLECTORS}):
+            why = f"the launcher does not collect {errors.some(sorted(lost))} for it"
         else:
             names.append(name)
             continue

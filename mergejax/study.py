@@ -6,6 +6,7 @@ Models are trained once for each seed. What a method needs is collected for each
 its values are chosen on validation images each time. A second run measures what is missing.
 """
 
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,14 +15,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from mergejax import api, calibration, data, preflight, search, train, workdir
+from mergejax import api, calibration, data, preflight, procedures, search, train, workdir
 from mergejax.checkpoints import fingerprint
-from mergejax.eval import predict
-from mergejax.procedures import PROCEDURES
+from mergejax.eval import predict, seeds
+from mergejax.procedures import PROCEDURES, preferences
 
 Tree = Any
 Record = dict[str, Any]
-RECORDS, TABLE = "records.json", "results.md"
+RECORDS, TABLE, FRONT = "records.json", "results.md", "react_front.png"
 
 
 def run(
@@ -56,6 +57,7 @@ def _seed(
 ) -> list[Record]:
     tasks = data.load(config, folder, book)
     job = preflight.job(config, folder, tasks, book)
+    procedures.check(job, config.study.procedures)
     trained = train.train_all(config, tasks, folder, book)
     known = fingerprint.read_json(folder / RECORDS) or {}
     planned = [("base", ""), ("experts", "")]
@@ -74,7 +76,20 @@ def _seed(
         fingerprint.write_json(folder / RECORDS, known)
         mean = 100 * float(np.mean(list(found["test"].values())))
         book.log(f"seed {config.seed}, {name} {examples}: {mean:.1f} % ({found['chain']})")
+    if "react" in config.study.procedures and not (folder / FRONT).exists():
+        _draw_front(job, trained, folder)
     return [known[f"{name}@{examples}"] for name, examples in planned]
+
+
+def _draw_front(job: preflight.Job, trained: train.Trained, folder: pathlib.Path) -> None:
+    """The Pareto front of ReACT between two tasks, with the largest number of examples."""
+    from mergejax.eval import front_plot  # Matplotlib takes a second to import
+
+    settings = job.config.calibration.copy_and_resolve_references()
+    settings.examples = max(job.config.study.examples)
+    content = io.BytesIO()
+    front_plot.draw(**preferences(job, trained, settings)).savefig(content, format="png")
+    workdir.write_bytes(folder / FRONT, content.getvalue())
 
 
 def _needs(chains: Sequence[str]) -> list[str]:
@@ -169,7 +184,7 @@ def markdown(records: Sequence[Record], sizes: Sequence[int]) -> str:
                 for record in records
                 if record["method"] == method and record["examples"] in ("", size)
             ]
-            spread = np.std(means, ddof=1) if len(means) > 1 else 0.0
-            cells.append(f"{np.mean(means):.1f} ± {spread:.1f}" if means else "")
+            found = seeds.spread(means)
+            cells.append(f"{found['mean']:.1f} ± {found['deviation']:.1f}" if found else "")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)

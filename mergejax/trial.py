@@ -13,6 +13,7 @@ import numpy as np
 
 from mergejax import api, calibration, compress, search, train, workdir
 from mergejax.eval import memory, predict, report
+from mergejax.leaves import name_of
 from mergejax.preflight import Compiled, Job, Plan, Record, Tree, needs
 
 Right = Callable[[predict.Bundle], jax.Array]
@@ -53,7 +54,7 @@ def marks(job: Job, trained: train.Trained) -> None:
         return
     with job.reporter.progress("evaluate base, experts and upper marks", len(missing)) as advance:
         for name, (facts, right) in missing.items():
-            workdir.write_record(job.results, {"name": name, **facts, **_accuracy(job, right)})
+            workdir.write_record(job.results, {"name": name, **facts, **accuracy(job, right)})
             advance(1)
 
 
@@ -108,7 +109,7 @@ def compressions(job: Job, trained: train.Trained) -> None:
                 "chain": text,
                 "given": False,
                 "stored_bytes": whole + compress.size(packed).payload,
-                **_accuracy(own, right),
+                **accuracy(own, right),
                 "examined": job.examined,
             }
             workdir.write_record(job.results, record)
@@ -183,11 +184,20 @@ def _merge(
         "settings": chains,
         "search": searched,
         "calibration": calibration.noted(job.config.calibration, needs(chains[:1])),
+        "without_statistics": _without(trained.base, stats, needs(chains[:1])),
         "seconds": round(seconds, 4),
         "peak_bytes": peak[0] - before if peak and before is not None else None,
         **_stored(body),
-        **_accuracy(job, lambda images: predict.right(job.model, body, head, images)),
+        **accuracy(job, lambda images: predict.right(job.model, body, head, images)),
     }
+
+
+def _without(base: Tree, stats: Stats, wanted: Sequence[str]) -> list[str]:
+    """The leaves that have none of the statistics that a method reads, if it reads any."""
+    known = [jax.tree_util.tree_leaves_with_path(stats[need][0]) for need in wanted]
+    there = {name_of(path) for found in known for path, _ in found}
+    leaves = [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(base)]
+    return [name for name in leaves if wanted and name not in there]
 
 
 def _stored(models: Tree) -> Record:
@@ -197,7 +207,7 @@ def _stored(models: Tree) -> Record:
     }
 
 
-def _accuracy(job: Job, right: Right) -> Record:
+def accuracy(job: Job, right: Right) -> Record:
     """Validation accuracy by task, what is right and wrong on test, and accuracy in exams."""
     on_test = predict.by_task(np.asarray(right(job.test)), job.test, list(job.tasks))
     return {

@@ -77,7 +77,10 @@ def runs(workdir):
     after_fourth = files(workdir)
     again_results = read(workdir / "results.json")
     more = launch(
-        workdir, *SMALL, "--config.methods=('regmean', 'drop(rate=0.3)|ties(density=0.5)')"
+        workdir,
+        *SMALL,
+        "--config.methods=('regmean', 'regmean_plus_plus', 'featcal', "
+        "'drop(rate=0.3)|ties(density=0.5)')",
     )
     return {
         "workdir": workdir,
@@ -207,7 +210,18 @@ def check_other_methods_are_added(story):
     results = read(story["workdir"] / "results.json")
     rows = {row["name"]: row for row in results["models"]}
     former = {row["name"]: row for row in story["results"]["models"]}
-    assert set(rows) - set(former) == {"regmean", "drop(rate=0.3)|ties(density=0.5)"}
+    blockwise = {"regmean_plus_plus", "featcal"}
+    assert set(rows) - set(former) == {"regmean", "drop(rate=0.3)|ties(density=0.5)", *blockwise}
+    average = rows["average"]["mean"]["value"]
+    assert all(rows[name]["kind"] == "procedure" for name in blockwise)
+    assert all(rows[name]["mean"]["value"] > average for name in blockwise)
+    assert rows["featcal"]["chain"].startswith("featcal(scaling=")
+    lost = rows["regmean"]["without_statistics"]
+    assert "norm/scale" in lost
+    assert "block_0/attention/out/bias" in lost
+    assert not any(name.endswith("kernel") for name in lost)
+    text = (story["workdir"] / "results.md").read_text()
+    assert f"- regmean: {', '.join(f'`{leaf}`' for leaf in lost)}\n" in text
     assert all(rows[name] == former[name] for name in former)
     assert rows["regmean"]["calibration"] == {"examples": 128}
     assert rows["regmean"]["settings"] == 7

@@ -7,6 +7,7 @@ import pytest
 
 import mergejax as mj
 from mergejax import representation
+from mergejax.eval import front_plot
 
 RNG = np.random.default_rng(0)
 MERGED = [jnp.asarray(RNG.normal(size=(n, 6)), jnp.float32) for n in (30, 50, 20)]
@@ -70,3 +71,12 @@ def test_bad_input_is_one_sentence_each():
         representation.correction([MERGED[0] * np.float32("nan")], [EXPERTS[0]])
     with pytest.raises(mj.MergeError, match="with at least one example"):
         representation.adapt(MERGED[0][:0], EXPERTS[0][:0])
+
+
+def test_the_front_of_preferences_is_drawn_through_the_settings_that_no_other_beats():
+    scores = np.array([[0.2, 0.9], [0.5, 0.5], [0.4, 0.4], [0.8, 0.3]])
+    canvas = front_plot.draw(("a", "b"), [0, 0.3, 0.6, 1], scores, (0.3, 0.3), (0.9, 0.95))
+    (axes,) = canvas.axes
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), 100 * scores[[0, 1, 3]])
+    np.testing.assert_allclose(axes.lines[2].get_xydata(), [[40, 40]])
+    assert [text.get_text() for text in axes.texts] == ["0 : 100", "60 : 40", "100 : 0"]

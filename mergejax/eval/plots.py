@@ -86,7 +86,7 @@ def means(results: Mapping[str, Any]) -> figure.Figure:
     Args:
         results: what `report.summarise` returned.
     """
-    merges = [row for row in results["models"] if row["kind"] == "merge"]
+    merges = [row for row in results["models"] if row["kind"] in ("merge", "procedure")]
     merges.sort(key=lambda row: row["mean"]["value"])
     canvas = figure.Figure(figsize=(7, 1.6 + 0.3 * len(merges)), dpi=150, layout="constrained")
     axes = canvas.subplots()

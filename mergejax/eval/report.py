@@ -11,7 +11,7 @@ from mergejax.eval import metrics
 
 Record = Mapping[str, Any]
 OWN = "experts on their own tasks"
-ORDER = ("base", "expert", "own", "merge", "compressed", "ensemble", "multi_task")
+ORDER = ("base", "expert", "own", "merge", "procedure", "compressed", "ensemble", "multi_task")
 
 
 def encode(right: np.ndarray) -> str:
@@ -87,7 +87,7 @@ def _row(
     shared: bool,
 ) -> dict[str, Any]:
     each = [metrics.wilson(int(x.sum()), len(x)) for x in right]
-    facts = ("name", "kind", "chain", "given", "calibration", "exams")
+    facts = ("name", "kind", "chain", "given", "calibration", "without_statistics", "exams")
     costs = ("seconds", "peak_bytes", "stored_bytes")
     row = {key: record.get(key) for key in (*facts, *costs)}
     row["settings"] = len(record["settings"]) if "settings" in record else None

@@ -63,7 +63,7 @@ def summarise(name: str, found: Mapping[int, Results]) -> dict[str, Any]:
         "corruptions": [kind for kind in exams if kind != "held_out"],
         "models": [
             *[marks["base"], *experts, marks["own"], *merges],
-            *(row for row in rows if row["kind"] == "compressed"),
+            *(row for row in rows if row["kind"] in ("procedure", "compressed")),
             *[marks["ensemble"], marks["multi_task"]],
         ],
         "scaling": _scaling([results["scaling"] for results in found.values()]),

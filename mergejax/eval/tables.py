@@ -154,3 +154,23 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     marks = ["---" if i == 0 or name == "chain" else "---:" for i, name in enumerate(header)]
     lines = [header, marks, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fallbacks(results: Mapping[str, Any]) -> list[str]:
+    """Which leaves had none of the statistics that methods read, in Markdown; empty without any.
+
+    Example:
+        >>> rows = [{"name": "regmean", "without_statistics": ["norm/scale"]}, {"name": "ties"}]
+        >>> fallbacks({"models": rows})[1]
+        '- regmean: `norm/scale`'
+    """
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in results["models"]:
+        if row.get("without_statistics"):
+            found.setdefault(tuple(row["without_statistics"]), []).append(row["name"])
+    lines = [
+        f"- {', '.join(methods)}: {', '.join(f'`{leaf}`' for leaf in leaves)}"
+        for leaves, methods in found.items()
+    ]
+    title = "## Leaves without statistics, which these methods merge without"
+    return [title, "\n".join(lines)] if lines else []

@@ -47,6 +47,8 @@ def study() -> ml_collections.ConfigDict:
     settings.seeds = (0, 1, 2)
     settings.examples = (16, 64, 256)
     settings.procedures = (
+        "regmean_plus_plus",
+        "featcal",
         "react",
         "surgery",
         "localize_and_stitch_trained",
@@ -66,6 +68,7 @@ def study() -> ml_collections.ConfigDict:
         ),
         "fisher": each("fisher(floor={})", 1e-3, 0.1, 1.0),
         "regmean": each("regmean(shrink={})", 0.1, 0.5, 0.9, 1.0),
+        "regmean_joint_biases": each('regmean(shrink={}, biases="joint")', 0.1, 0.5, 0.9, 1.0),
         "mats": each("mats(scaling=0.2, steps={})", 5, 20, 100),
         "lot": ("lot()",),
         "cat": ("cat()",),

@@ -4,8 +4,10 @@ from mergejax.alignment.activations import activation_matching
 from mergejax.alignment.assignment import assign
 from mergejax.alignment.derive import symmetries
 from mergejax.alignment.features import Features, merge_features
+from mergejax.alignment.fusion import optimal_transport
 from mergejax.alignment.gauge import lock, unlock
 from mergejax.alignment.heads import Attention, attentions
+from mergejax.alignment.maps import Maps, transport
 from mergejax.alignment.mixtures import (
     Routing,
     align_experts,
@@ -27,11 +29,13 @@ from mergejax.alignment.straight_through import straight_through
 from mergejax.alignment.structure import Group, Symmetries
 from mergejax.alignment.verify import verify
 from mergejax.alignment.weights import Matching, match_many, weight_matching
+from mergejax.alignment.zipping import zip_units
 
 __all__ = [
     "Attention",
     "Features",
     "Group",
+    "Maps",
     "Matching",
     "Routing",
     "Split",
@@ -53,6 +57,7 @@ __all__ = [
     "match_many",
     "merge_experts",
     "merge_features",
+    "optimal_transport",
     "prune",
     "random",
     "ratios_for",
@@ -63,7 +68,9 @@ __all__ = [
     "statistics",
     "straight_through",
     "symmetries",
+    "transport",
     "unlock",
     "verify",
     "weight_matching",
+    "zip_units",
 ]

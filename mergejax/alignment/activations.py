@@ -67,7 +67,11 @@ def activation_matching(
     check(symmetries, reference)
     verified(symmetries, reference)
     pair = make_pair(symmetries, reference, params)
-    similar = {name: _similarity(np.asarray(q, np.float64), kind) for name, q in joint.items()}
+    similar = {}
+    for name, q in joint.items():
+        half = len(q) // 2
+        a, b = slice(half), slice(half, -1)
+        similar[name] = similarity(np.asarray(q, np.float64), kind, a, b)
     scores: dict[str, np.ndarray] = {}
     unseen = []
     for group in movable(symmetries):
@@ -89,11 +93,9 @@ def _match(pair: Pair, group: str, cost: np.ndarray, scores: dict[str, np.ndarra
     pair.move({group: found})
 
 
-def _similarity(q: np.ndarray, kind: str) -> np.ndarray:
-    """Unit of the reference × unit of the model, from a joint Gram matrix."""
-    n = (len(q) - 1) // 2
-    second, mean = np.diagonal(q)[:-1], q[-1, :-1]
-    a, b = slice(0, n), slice(n, 2 * n)
+def similarity(q: np.ndarray, kind: str, a: slice, b: slice) -> np.ndarray:
+    """Units at the rows a of a joint Gram matrix × those at the rows b."""
+    second, mean = np.diagonal(q), q[-1]
     if kind == "inner":
         return q[a, b]
     if kind == "distance":
@@ -113,7 +115,12 @@ def _cost(pair: Pair, group: str, name: str, matrix: np.ndarray, layout: str) ->
             f"joint Gram matrix of '{name}': no leaf that is aligned has this name, "
             f"{did_you_mean(name, pair.reference)}"
         )
-    labels, places = _labels(pair, name, len(matrix), layout)
+    labels, places = input_labels(pair.symmetries, name, pair.reference[name], layout)
+    if places.size != len(matrix):
+        raise MergeError(
+            f"joint Gram matrix of '{name}' is of two models with {len(matrix)} inputs each, "
+            f"expected {places.size}; collect it again with these two models"
+        )
     if group not in labels:
         return np.zeros(())
     own = pair.symmetries.groups[group]
@@ -123,24 +130,20 @@ def _cost(pair: Pair, group: str, name: str, matrix: np.ndarray, layout: str) ->
     return _contract(pair, group, labels, grid, own.within)
 
 
-def _labels(
-    pair: Pair, name: str, rows: int, layout: str
+def input_labels(
+    symmetries: Symmetries, name: str, kernel: np.ndarray, layout: str
 ) -> tuple[tuple[str | None, ...], np.ndarray]:
     """The groups over the inputs of a layer, and the row of each position on their grid."""
-    kernel = pair.reference[name]
     meaning = layout_of(name, kernel.shape, role_of(name, kernel.shape, kernel.dtype), layout)
     view, restore = as_matrix(jnp.zeros(kernel.shape, jnp.float32), meaning)
-    if view.shape[0] != rows:
-        raise MergeError(
-            f"joint Gram matrix of '{name}' is of two models with {rows} inputs each, expected "
-            f"{view.shape[0]}; collect it again with these two models"
-        )
+    rows = view.shape[0]
     numbers = np.broadcast_to(np.arange(rows, dtype=np.float32)[:, None], view.shape)
     whole = np.asarray(restore(jnp.asarray(numbers))).astype(np.int64)
     outputs = [i for i, letter in enumerate(meaning) if letter == "o"]
     places = whole[tuple(0 if i in outputs else slice(None) for i in range(whole.ndim))]
-    axes = [axis for i, axis in enumerate(pair.symmetries.axes[name]) if i not in outputs]
-    found = list(pieces(axes, pair.sizes, places))
+    axes = [axis for i, axis in enumerate(symmetries.axes[name]) if i not in outputs]
+    sizes = {group: one.size for group, one in symmetries.groups.items()}
+    found = list(pieces(axes, sizes, places))
     if len(found) != 1:
         return (), places  # a concatenation: its parts are read by other layers, too
     return found[0]

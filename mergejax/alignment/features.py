@@ -1,7 +1,6 @@
 """Units of one network that do nearly the same, merged: how many features a layer really has."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -9,12 +8,10 @@ from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
 from mergejax.alignment.assignment import pieces
-from mergejax.alignment.permutations import sources
-from mergejax.alignment.structure import Axis, Symmetries, check, groups_of
+from mergejax.alignment.maps import Maps, transport
+from mergejax.alignment.structure import Symmetries, check
 from mergejax.door import Tree, leaves_by_name
 from mergejax.errors import MergeError, raise_all
-from mergejax.leaves import describe
-from mergejax.units import take
 
 
 class Features(NamedTuple):
@@ -85,25 +82,22 @@ def merge_features(
         problems.append(f"merge_features: rule must be 'mean_in' or 'sum_in', not '{rule}'")
     raise_all(problems)
     check(symmetries, params)
-    found, rebuild = leaves_by_name(params, "the model")
-    leaves = {name: np.asarray(x) for name, x in found.items()}
     merged = {}
     for name, group in symmetries.groups.items():
         if group.fixed or group.within or not group.widens:
             continue
-        labels = _clusters(_weights(symmetries, leaves, name), name, threshold, most)
+        labels = _clusters(_weights(symmetries, params, name), name, threshold, most)
         merged[name] = labels
-        leaves = {
-            leaf: _narrower(symmetries, leaf, x, name, labels, rule) for leaf, x in leaves.items()
-        }
+        params = transport(symmetries, _maps(name, labels, rule), params)
         smaller = dataclasses.replace(group, size=int(labels.max()) + 1)
         symmetries = dataclasses.replace(symmetries, groups={**symmetries.groups, name: smaller})
-    return Features(rebuild(leaves), merged)
+    return Features(params, merged)
 
 
-def _weights(symmetries: Symmetries, leaves: Mapping[str, np.ndarray], group: str) -> np.ndarray:
+def _weights(symmetries: Symmetries, params: Tree, group: str) -> np.ndarray:
     """All that the network holds of every unit of a group, float64 [units, weights]."""
     sizes = {name: one.size for name, one in symmetries.groups.items()}
+    leaves, _ = leaves_by_name(params, "the model")
     rows = []
     for leaf, axes in symmetries.axes.items():
         for labels, part in pieces(axes, sizes, np.asarray(leaves[leaf], np.float64)):
@@ -132,30 +126,9 @@ def _clusters(weights: np.ndarray, group: str, threshold: float, most: float) ->
     return np.argsort(np.argsort(first))[labels].astype(np.int32)
 
 
-def _narrower(
-    symmetries: Symmetries, leaf: str, x: np.ndarray, group: str, labels: np.ndarray, rule: str
-) -> np.ndarray:
-    """A leaf whose axes in a group are summed over its clusters, or averaged."""
-    axes: tuple[Axis, ...] = symmetries.axes.get(leaf, ())
-    if not any(group in groups_of(axis) for axis in axes):
-        return x
-    (info,) = describe({leaf: (x.shape, x.dtype)}, style="flax")
-    counts = np.bincount(labels)
-    # The r-th unit of every cluster, or -1.
-    order = np.argsort(labels, kind="stable")
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    members = np.full((counts.max(), len(counts)), -1)
-    members[rank, labels[order]] = order
-    result = np.asarray(x, np.float64)
-    for i, axis in enumerate(axes):
-        if group not in groups_of(axis):
-            continue
-        only = tuple(axis if j == i else None for j in range(len(axes)))
-        taken = [sources(symmetries, only, result.shape, {group: one})[i] for one in members]
-        outgoing = bool(info.layout) and info.layout[i] == "i"
-        total = sum(take(result, {i: index}) for index in taken)
-        if outgoing == (rule == "sum_in"):
-            # How many units went into each position.
-            total = total / sum((index >= 0).astype(np.float64) for index in taken)
-        result = np.asarray(total)
-    return result.astype(x.dtype)
+def _maps(group: str, labels: np.ndarray, rule: str) -> Maps:
+    """The mean of what comes in and the sum of what goes out, or the other way round."""
+    total = np.eye(int(labels.max()) + 1)[labels]
+    mean = total / total.sum(0)
+    reads, writes = (mean, total) if rule == "sum_in" else (total, mean)
+    return Maps({group: reads}, {group: writes})

@@ -120,12 +120,17 @@ class Parts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Factory:
-    """A function of hyper-parameters that builds stages, with what is true of all of them."""
+    """A function of hyper-parameters that builds stages, with what is true of all of them.
+
+    Elementwise stages may be run on any part of a leaf. A stage for one expert that is `unrolled`
+    runs expert by expert, and not on their stack.
+    """
 
     function: Callable[..., Any]
     kind: str
     space: Space = "delta"
     elementwise: bool = False
+    unrolled: bool = False
     needs: tuple[str, ...] = ()
     experts: int | None = None
     at_least: int = 1

@@ -6,6 +6,7 @@ host; traced, everything is one expression of JAX, so that it may be jitted, map
 and differentiated.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ from mergejax.leaves import LeafInfo
 from mergejax.plan import Plan, depths_of, local_numbers, solve, with_arrays
 from mergejax.randomness import fold_key, name_key
 from mergejax.step import Due, Seen
+
+AHEAD = 4  # leaves that are measured while the sums of one before them are awaited
 
 
 class Values(NamedTuple):
@@ -140,6 +143,7 @@ class Arithmetic(NamedTuple):
     alike: bool
     values: bool
     total: Callable[[Array], Any]
+    add: Callable[[Any, Array], Any]
     size: Callable[[Array, int], Any]
     narrow: Callable[[Any], Any]
 
@@ -147,6 +151,11 @@ class Arithmetic(NamedTuple):
 def _host_total(x: Array) -> np.ndarray:
     kind = np.int64 if jnp.issubdtype(x.dtype, jnp.integer) else np.float64
     return np.asarray(x).astype(kind)
+
+
+def _host_add(total: np.ndarray, x: Array) -> np.ndarray:
+    total += np.asarray(x)  # in place: a histogram is large beside a small leaf
+    return total
 
 
 def _narrow(x: Any) -> np.ndarray:
@@ -161,6 +170,7 @@ LEAFWISE = Arithmetic(
     alike=False,
     values=True,
     total=_host_total,
+    add=_host_add,
     size=lambda counts, size: size if bool(counts) else 0,
     narrow=_narrow,
 )
@@ -170,6 +180,7 @@ TRACED = Arithmetic(
     alike=True,
     values=False,
     total=lambda x: x,
+    add=lambda total, x: total + x,
     size=lambda counts, size: jnp.where(counts, size, 0),
     narrow=jnp.asarray,
 )
@@ -252,7 +263,8 @@ def execute(
         )
     for number, dues in enumerate([*plan.passes, None]):
         largest_of: dict[str, Array] = {}
-        sums: dict[Due, list[Any]] = {}
+        sums: dict[Due, tuple[Any, Any]] = {}
+        waiting: collections.deque[tuple[Due, Any, Any, int]] = collections.deque()
         for unit in units:
             if dues is not None and unit[0].name not in dues:
                 continue
@@ -275,9 +287,9 @@ def execute(
                 raise MergeError(f"leaf '{unit[0].name}': {error}") from None
             largest_of[unit[0].name] = largest
             if due is not None:
-                whole = sum(info.size for info in unit)
-                size = whole if settings.count == "all" else arithmetic.size(counts, whole)
-                _add(sums, due, found, arithmetic, size)
+                waiting.append((due, found, counts, sum(info.size for info in unit)))
+                if len(waiting) > AHEAD:
+                    _add(sums, *waiting.popleft(), arithmetic)
             elif len(unit) == 1:
                 sink(unit[0].name, found)
             else:
@@ -286,6 +298,8 @@ def execute(
             done += len(unit)
             if settings.progress is not None:
                 settings.progress(done, steps, unit[-1].name)
+        while waiting:
+            _add(sums, *waiting.popleft(), arithmetic)
         if arithmetic.values and (number == 0 or dues is None):
             _refuse_non_finite(largest_of, load, settings)
         for (path, _), (size, (measured, recalled)) in sums.items():
@@ -338,12 +352,15 @@ def _as_data(placed: Sequence[Placed]) -> list[Placed]:
     return [dataclasses.replace(p, stage=with_arrays(p.stage)) for p in placed]
 
 
-def _add(sums: dict, due: Due, found: Any, arithmetic: Arithmetic, size: Any) -> None:
-    found = jax.tree.map(arithmetic.total, found)
-    if due in sums:
+def _add(
+    sums: dict, due: Due, found: Any, counts: Array, size: int, arithmetic: Arithmetic
+) -> None:
+    size = arithmetic.size(counts, size)
+    if due not in sums:
+        sums[due] = size, jax.tree.map(arithmetic.total, found)
+    else:
         before, total = sums[due]
-        size, found = before + size, jax.tree.map(lambda a, b: a + b, total, found)
-    sums[due] = [size, found]
+        sums[due] = before + size, jax.tree.map(arithmetic.add, total, found)
 
 
 def _refuse_non_finite(largest_of: Mapping[str, Array], load: Load, settings: Settings) -> None:

@@ -75,14 +75,15 @@ def _each(
 ) -> list[Any]:
     """Calls a one-expert function for every expert.
 
-    Elementwise stages are unrolled, so that XLA fuses them with reading the experts; others are
-    vmapped, so that their linear algebra is batched.
+    Elementwise stages are unrolled, so that XLA fuses them with reading the experts, and those that
+    count and sort, so that it runs several experts at once; others are vmapped, so that their
+    linear algebra is batched.
     """
     count = range(len(values))
     stages = [at_expert(stage, i) for i in count]
     leaves = [expert_leaf(leaf, i, names[i], position) for i in count]
     pieces = [jax.tree.map(lambda x, i=i: x[i], seen) for i in count]
-    if stage.elementwise or len(values) == 1:
+    if stage.elementwise or stage.factory.unrolled or len(values) == 1:
         several = zip(stages, values, leaves, pieces, strict=True)
         return [call(s.build(), d, one, piece) for s, d, one, piece in several]
 

@@ -114,6 +114,10 @@ def test_kth_key_by_row_and_exactly_k_of_every_row_equal_a_stable_sort():
         expected = np.zeros(rows.shape, bool)
         np.put_along_axis(expected, order[:, :k], True, axis=1)
         np.testing.assert_array_equal(first_largest(jnp.asarray(rows), k), expected)
+    crowded = np.random.default_rng(2).integers(0, 3, [1, 2**16 + 9]).astype(np.uint32) << 20
+    order = np.argsort(-crowded.astype(np.int64), kind="stable")  # large enough for histograms
+    marked = first_largest(jnp.asarray(crowded), 30_000)
+    np.testing.assert_array_equal(np.flatnonzero(marked), np.sort(order[0, :30_000]))
 
 
 def trimmed(parts, density, **options):

@@ -14,7 +14,7 @@ from mergejax.summaries import first_largest, kept_count, magnitude_key
 Scope = Literal["row", "tensor"]
 
 
-@each
+@each(unrolled=True)
 def trim_band(density: Density = 0.2, top: Fraction = 0.1, scope: Scope = "row") -> Parts:
     r"""Sets the largest magnitudes to zero, and the smallest; a band in between is kept.
 

@@ -25,7 +25,7 @@ def _keep_probability(rows, density, spread):
     return density - spread + 2 * spread * share
 
 
-@each
+@each(unrolled=True)
 def drop_by_rank(
     density: Density = 0.7, spread: Fraction = 0.07, rescale: Rescale = "inverse"
 ) -> Parts:

@@ -60,7 +60,7 @@ def nearswap(t: NonNegative = 0.01):
     return chain(near(t))
 
 
-@each
+@each(unrolled=True)
 def important():
     r"""Keeps the changes whose importance is an outlier of their leaf, and drops the others.
 

@@ -5,8 +5,9 @@ from typing import Literal
 import jax.numpy as jnp
 
 from mergejax.chains import chain
-from mergejax.core import Parts, Round, method, reduce
+from mergejax.core import Parts, Round, each, method, reduce
 from mergejax.hyper import NonNegative
+from mergejax.methods.elect import disjoint_mean
 
 Scope = Literal["model", "tensor"]
 
@@ -24,10 +25,31 @@ def _counts(active, overlap):
     return jnp.stack(shared), jnp.stack(unique)
 
 
+@each(elementwise=True)
+def drop_small(epsilon: NonNegative = 1e-5):
+    r"""Sets changes up to a magnitude to zero.
+
+    .. math:: \hat\tau_j=\tau_j\,1[|\tau_j|>\epsilon]
+
+    Args:
+        epsilon: changes up to this magnitude count as none.
+
+    Returns:
+        A stage for one expert's delta.
+
+    Example:
+        >>> import jax.numpy as jnp, mergejax as mj
+        >>> base, expert = {'w': jnp.zeros(2)}, {'w': jnp.asarray([0.1, -2.0])}
+        >>> print(mj.merge(mj.chain(mj.drop_small(0.5), mj.total()), base, [expert])['w'])
+        [ 0. -2.]
+    """
+    return lambda d, leaf, seen: jnp.where(jnp.abs(d) > epsilon, d, 0.0)
+
+
 @reduce
 def overlap_mean(
     epsilon: NonNegative = 1e-5,
-    gain: NonNegative = 0.0,
+    gain: NonNegative = 0.1,
     limit: NonNegative = 0.2,
     scope: Scope = "model",
 ) -> Parts:
@@ -99,7 +121,7 @@ def ram(epsilon: NonNegative = 1e-5):
 
     Behavior Knowledge Merge in Reinforced Agentic Models (2026), without rescaling.
     """
-    return chain(overlap_mean(epsilon))
+    return chain(drop_small(epsilon), disjoint_mean())
 
 
 @method

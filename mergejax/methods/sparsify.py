@@ -29,7 +29,7 @@ _RANKS = {
 }
 
 
-@each
+@each(unrolled=True)
 def trim(
     density: Density = 0.2,
     scope: Literal["model", "tensor"] = "model",
@@ -120,7 +120,7 @@ def rescaled(kept: Array, d: Array, probability: Array, rescale: str) -> Array:
     return kept * jnp.where(usable, before / jnp.where(usable, after, 1.0), 1.0)
 
 
-@each
+@each(unrolled=True)
 def drop(rate: Fraction = 0.9, rescale: Rescale = "inverse") -> Parts:
     r"""Drops elements at random and rescales the others so that the expectation stays.
 
@@ -157,7 +157,7 @@ def drop(rate: Fraction = 0.9, rescale: Rescale = "inverse") -> Parts:
     return Parts(apply=apply, elementwise=rescale != "norm")
 
 
-@each(needs=("mask",))
+@each(needs=("mask",), unrolled=True)
 def drop_given(rate: Fraction = 0.9, rescale: Rescale = "inverse") -> Parts:
     """Drops the elements that a given mask names, and rescales like `drop`.
 

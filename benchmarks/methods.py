@@ -50,6 +50,8 @@ METHODS = {
     "tsv_merge()": (None, ("fusion_bench", "tsv_merge")),
     "iso_c()": (None, ("fusion_bench", "iso_c")),
     "iso_cts()": (None, ("fusion_bench", "iso_cts")),
+    "opcm(zero_diagonal=True)": (None, ("fusion_bench", "opcm")),
+    "total()|svc()": (None, ("fusion_bench", "svc")),
     "cart()": (None, None),
     "swudi()": (None, None),
 }

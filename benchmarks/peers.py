@@ -15,6 +15,8 @@ import measure
 import models
 import torch
 
+sys.path.pop(0)  # this folder, whose `statistics` would hide Python's from the peers
+
 
 def leaf_name(name):
     """A peer's rules go by the names that PyTorch gives."""
@@ -104,6 +106,58 @@ def regmean(experts, grams):
     return call
 
 
+def is_kernel(x):
+    return x.ndim == 2 and min(x.shape) > 50  # all but vectors and the table of positions
+
+
+def svc(base, experts):
+    """Behind the sum, in its vectorised form, which computes in float64."""
+    from fusion_bench.method.singular_value_calibration import utils as peer
+
+    for name, x in base.items():
+        several = [expert[name] for expert in experts]
+        merged = x + sum(y - x for y in several)
+        if is_kernel(x):
+            peer.subspace_consistency_spectral_calibration_accelerated(x, several, merged, 1.0)
+
+
+def _hidden_imports():
+    """What FusionBench imports of an older transformers and does not use here."""
+    from transformers.models.clip import modeling_clip
+
+    modeling_clip.CLIPVisionTransformer = object
+
+
+def opcm(base, experts):
+    """Its step for linear weights, and the rescaling to the mean norm."""
+    _hidden_imports()
+    from fusion_bench.method.opcm.opcm_general import OPCM as peer
+
+    own = types.SimpleNamespace(
+        fabric=types.SimpleNamespace(device="cpu"), previous_lambda_t=1, lambda_t=1
+    )
+    merged, norms = dict(experts[0]), []
+
+    def norm(model):
+        return torch.sqrt(sum(torch.sum((model[n] - base[n]) ** 2) for n in base))
+
+    norms.append(norm(merged))
+    for expert in experts[1:]:
+        norms.append(norm(expert))
+        for name, x in base.items():
+            if is_kernel(x):
+                parts = merged[name], x, expert[name]
+                merged[name] = peer.merge_linear_weights(own, *parts, name + ".weight", 0.5)[1]
+            else:
+                merged[name] = peer.merge_other_parameters(own, merged[name], x, expert[name], name)
+        factor = torch.stack(norms).mean() / norm(merged)
+        merged = {n: base[n] + factor * (merged[n] - base[n]) for n in base}
+        own.previous_lambda_t = 1 / factor
+
+
+SPECTRAL = {f.__name__: f for f in (svc, opcm)}
+
+
 def fusion_bench(method, base, experts):
     if method == "ties":
         utils = fusion_bench_file("method/ties_merging/ties_merging_utils.py")
@@ -115,6 +169,8 @@ def fusion_bench(method, base, experts):
             utils.vector_to_state_dict(origin + merged, base, [])
 
         return call
+    if method in SPECTRAL:
+        return lambda: SPECTRAL[method](base, experts)
     files = {
         "tsv_merge": (
             "method/task_singular_vector/utils/TSVM_utils.py",

@@ -4,6 +4,7 @@ import pathlib
 import shutil
 
 import disk_models
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -434,3 +435,20 @@ def test_the_layout_of_a_file_is_that_of_the_reference_writer(tmp_path):
 def test_paths_stay_apart():
     paths = [pathlib.Path("/m/run1/last"), pathlib.Path("/m/run2/last"), pathlib.Path("/m/b")]
     assert folder.distinct_names(paths) == ["run1/last", "run2/last", "m/b"]
+
+
+def test_threads_take_turns_at_the_devices(tmp_path, monkeypatch, small_pieces):
+    base, *experts = disk_models.family(tmp_path)
+    used, program = set(), pieces._program
+
+    def watched(*arguments, **options):
+        found = program(*arguments, **options)
+        used.update(device for x in jax.tree.leaves(found) for device in x.devices())
+        return found
+
+    first = mj.merge_checkpoints("ties(density=0.5)", base, experts, tmp_path / "a")
+    monkeypatch.setattr(pieces, "_program", watched)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)  # as many threads
+    second = mj.merge_checkpoints("ties(density=0.5)", base, experts, tmp_path / "b")
+    assert disk_models.snapshot(first) == disk_models.snapshot(second)
+    assert len(used) == len(jax.local_devices()) == 4

@@ -47,8 +47,7 @@ def merge_checkpoints(
 
     Reading, arithmetic (in float32) and writing overlap. The result is staged beside `out` and
     appears there by one renaming; the same call after an interruption continues and ends with the
-    same bytes. Inputs are never changed. All arithmetic runs on JAX's default device, however many
-    there are.
+    same bytes. Inputs are never changed. Threads take turns at the devices that there are.
 
     Args:
         method: a chain (`mj.ties(density=0.2)`) or a text ('drop(rate=0.9)|ties()').

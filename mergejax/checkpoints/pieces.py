@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -161,6 +162,7 @@ class Runner:
         self.inputs, self.outputs = Files(), Files(files.os.O_RDWR | files.os.O_CREAT)
         self._buffers = Buffers()
         self._own: dict[str, Any] = {}  # what leaves measured over themselves
+        self._devices, self._own_device = itertools.cycle(jax.local_devices()), threading.local()
         # A program is compiled by the first thread that needs it while others wait.
         self._turns: dict[Any, Any] = collections.defaultdict(threading.Lock)
         self._compiled: set[Any] = set()
@@ -270,13 +272,21 @@ class Runner:
             leaf = leaf.replace(stats=jax.tree.map(cut, leaf.stats))
         experts = values[1:] if self._has_base else values
         dtype = jax.dtypes.canonicalize_dtype(work.dtype)
-        kind = due, dtype, *((x.shape, x.dtype) for x in values)
-        with contextlib.nullcontext() if kind in self._compiled else self._turns[kind]:
+        device = self._device()
+        kind = device, due, dtype, *((x.shape, x.dtype) for x in values)
+        turn = contextlib.nullcontext() if kind in self._compiled else self._turns[kind]
+        with turn, jax.default_device(device):
             found = _program(
                 placed, leaf, experts, self._names, self._seed, seen, local, due=due, dtype=dtype
             )
             self._compiled.add(kind)
         return found
+
+    def _device(self) -> Any:
+        """The device of this thread; threads take turns at all there are."""
+        if not hasattr(self._own_device, "device"):
+            self._own_device.device = next(self._devices)
+        return self._own_device.device
 
     def _write(self, work: Work, start: int, result: np.ndarray, hashers: dict, bad: list) -> list:
         merged = result.astype(work.dtype, copy=False)

@@ -16,7 +16,7 @@ import ml_collections
 
 from mergejax import errors, experiment, workdir
 from mergejax.checkpoints import fingerprint
-from mergejax.eval import page, seeds
+from mergejax.eval import page, published, sections, seeds
 
 FILE = "suite.json"
 
@@ -36,7 +36,7 @@ def run(
         origin: where the config comes from, as for `experiment.run`.
 
     Returns:
-        What `summary.json` holds, see `seeds.summarise`.
+        What `summary.json` holds, see `seeds.summarise`, with `published` for `config.cells`.
 
     Raises:
         MergeError: bad input, before anything is written; a workdir of another suite.
@@ -50,6 +50,7 @@ def run(
         found[seed] = experiment.run(one.lock(), folder / f"seed_{seed}", book, origin)
         fingerprint.write_json(folder / FILE, {"name": config.name})
         summary = seeds.summarise(config.name, found)
+        summary["published"] = published.compare(summary["models"], config.get("cells", {}))
         _write(summary, found, folder)
     return summary
 
@@ -58,8 +59,9 @@ def check(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Refuses seeds that are no seeds, and the workdir of another suite or of a single run.
 
     Raises:
-        MergeError: names what is wrong.
+        MergeError: names what is wrong, also of cells that do not say everything.
     """
+    published.check(config.get("cells", {}))
     problems = []
     distinct = len(set(config.seeds)) == len(config.seeds)
     if not config.seeds or not distinct or any(seed < 0 for seed in config.seeds):
@@ -106,7 +108,9 @@ def _write(
     fingerprint.write_json(folder / "summary.json", summary)
     lines = [json.dumps(line) for line in seeds.lines(summary["name"], found)]
     workdir.write_text(folder / "results.jsonl", "\n".join(lines) + "\n")
-    workdir.write_text(folder / "results.md", seeds.markdown(summary))
+    more = [published.section(summary["published"])] if summary["published"] else []
+    text = "\n".join([seeds.markdown(summary), *map(sections.markdown, more)])
+    workdir.write_text(folder / "results.md", text)
     workdir.write_text(folder / "results.tex", seeds.latex(summary))
     pictures: dict[str, tuple[str, str]] = {}
     for name, (title, figure) in seed_plots.draw(summary, found).items():
@@ -114,4 +118,4 @@ def _write(
         figure.savefig(content, format="png")
         workdir.write_bytes(folder / name, content.getvalue())
         pictures[name] = (title, base64.b64encode(content.getvalue()).decode())
-    workdir.write_text(folder / "report.html", page.page(summary, pictures))
+    workdir.write_text(folder / "report.html", page.page(summary, pictures, more))

@@ -219,8 +219,8 @@ def _fit(
 def _pretrain(run: _Run) -> list[Tree]:
     """Returns the heads by task, and the base.
 
-    Heads that pre-training does not teach are trained on the tasks afterwards, with the base as
-    it is.
+    Heads that pre-training does not teach, and that the model does not make of words, are trained
+    on the tasks afterwards, with the base as it is.
     """
     splits = data.pretraining(run.config, run.every, run.folder.parent, run.reporter)
     example = next(iter(run.tasks.values())).train.inputs[:1]
@@ -233,6 +233,7 @@ def _pretrain(run: _Run) -> list[Tree]:
         body, taught = _fit(run, "pretrain", "base", body, taught, splits)
     else:
         body = jax.tree.map(jnp.asarray, given)
+    taught |= bodies.heads(run.config.model, data.sentences(run.config, run.every))
     heads |= taught
     untaught: dict[str, Split] = {}
     for task in run.every.values():
@@ -246,7 +247,11 @@ def _pretrain(run: _Run) -> list[Tree]:
 
 
 def _fine_tune(run: _Run, name: str, base: Tree, heads: Mapping[str, Tree]) -> list[Tree]:
-    """Returns the body of one expert."""
+    """Returns the body of one expert, which the config may name."""
+    given = bodies.expert(run.config.model, name)
+    if given is not None:
+        run.reporter.log(f"experts/{name}: {run.config.model.experts.format(task=name)}")
+        return [jax.tree.map(jnp.asarray, given)]
     splits, own = {name: run.tasks[name].train}, {name: heads[name]}
     part = "adapters" if run.config.training.finetune.get("rank", 0) else "body"
     return [_fit(run, "finetune", f"experts/{name}", base, own, splits, parts=(part,))[0]]

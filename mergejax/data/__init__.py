@@ -8,12 +8,12 @@ import ml_collections
 import numpy as np
 
 from mergejax import errors
-from mergejax.data import digits, images, sources, texts
+from mergejax.data import clip, digits, images, sources, texts
 from mergejax.data.task import Split as Split
 from mergejax.data.task import Task as Task
 from mergejax.progress import Reporter
 
-SUITES = ("digits", "images", "texts")
+SUITES = ("digits", "images", "texts", "clip")
 
 
 def load(
@@ -36,7 +36,7 @@ def load(
     match data.suite:
         case "digits":
             return digits.load(data.tasks, data.train, data.validation, config.seed)
-        case "images" | "texts":
+        case "images" | "texts" | "clip":
             return _sets(data.tasks, config, workdir, reporter)
     raise errors.MergeError(
         f"config.data.suite: there is no suite '{data.suite}', "
@@ -98,6 +98,20 @@ def pretraining(
     return {name: one.train for name, one in sets.items()}
 
 
+def sentences(
+    config: ml_collections.ConfigDict, tasks: Mapping[str, Task]
+) -> dict[str, list[list[str]]]:
+    """By head, the sentences that describe each class, for models that make heads of words.
+
+    Returns:
+        For the tasks of CLIP what `clip.sentences` gives; nothing for others, whose heads are
+        trained.
+    """
+    if config.data.suite != "clip":
+        return {}
+    return {task.head: clip.sentences(task.name, task.labels) for task in tasks.values()}
+
+
 def reader(config: Mapping[str, Any]) -> Callable[[Any], np.ndarray]:
     """What makes inputs of a model of what a user has: images as they are, tokens of texts.
 
@@ -121,9 +135,11 @@ def _sets(
     reporter: Reporter,
 ) -> dict[str, Task]:
     data = config.data
-    kind = (
-        images.kind(data.size)
-        if data.suite == "images"
-        else texts.kind(config.model.weights, data.length)
-    )
+    match data.suite:
+        case "images":
+            kind = images.kind(data.size)
+        case "clip":
+            kind = clip.kind(data.size)
+        case _:
+            kind = texts.kind(config.model.weights, data.length)
     return sources.load(kind, names, data, config.data_dir, pathlib.Path(workdir), reporter)

@@ -35,6 +35,7 @@ class Source(NamedTuple):
         origin: where the data can be had; empty if TFDS can download and prepare them itself.
         label: name of the feature that holds the label.
         features: names of the features that hold the image, or the one or two texts.
+        first: the smallest label.
     """
 
     builder: str
@@ -44,6 +45,7 @@ class Source(NamedTuple):
     origin: str = ""
     label: str = "label"
     features: tuple[str, ...] = ("image",)
+    first: int = 0
 
 
 class Kind(NamedTuple):
@@ -55,6 +57,7 @@ class Kind(NamedTuple):
         sources: the tasks that are known, by name.
         decoder: a source -> what makes an array of a record, always of the same shape and dtype.
         recipe: what else the arrays depend on, as JSON has it.
+        floats: whether pixels become floats in [0, 1]; otherwise they stay bytes.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Kind(NamedTuple):
     sources: Mapping[str, Source]
     decoder: Callable[[Source], Decode]
     recipe: Sequence[Any]
+    floats: bool = True
 
 
 def load(
@@ -86,7 +90,7 @@ def load(
         reporter: told what is decoded and what is reused.
 
     Returns:
-        The tasks by name; what is decoded as uint8 becomes float32 in [0, 1].
+        The tasks by name; what is decoded as uint8 becomes float32 in [0, 1], if the kind says so.
 
     Raises:
         MergeError: for unknown tasks, and for every data set that is missing.
@@ -106,7 +110,8 @@ def load(
     if len(opened) < len(paths):
         reused = len(paths) - len(opened)
         reporter.log(f"{kind.name}s: {reused} tasks reused from {workdir / CACHE}")
-    tasks = {name: _read(name, path, data.get("head", "")) for name, path in paths.items()}
+    head = data.get("head", "")
+    tasks = {name: _read(name, path, head, kind.floats) for name, path in paths.items()}
     _check_heads(tasks)
     return tasks
 
@@ -205,7 +210,7 @@ def _decode_task(
     with reporter.progress(f"decode {name}", sum(counts.values())) as advance:
         for part, records in parts.items():
             read = (records[place] for place in range(counts[part]))
-            pairs = [(decode(record), record[label]) for record in read]
+            pairs = [(decode(record), record[label] - source.first) for record in read]
             inputs, labels = zip(*pairs, strict=True)
             arrays |= {
                 f"{part}_inputs": np.stack(inputs),
@@ -215,7 +220,8 @@ def _decode_task(
     known = parts["train"].dataset_info.features[label]
     most = 1 + max(int(arrays[f"{part}_labels"].max()) for part in parts)
     # A set may number its labels without naming them.
-    arrays["names"] = np.array(getattr(known, "names", None) or [str(i) for i in range(most)])
+    names = getattr(known, "names", None) or [str(i) for i in range(source.first + most)]
+    arrays["names"] = np.array(names[source.first :])
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.new")
     with staged.open("wb") as file:
@@ -223,7 +229,7 @@ def _decode_task(
     os.replace(staged, path)
 
 
-def _read(name: str, path: pathlib.Path, head: str) -> Task:
+def _read(name: str, path: pathlib.Path, head: str, floats: bool) -> Task:
     """Reads what `_decode_task` wrote; without a common head a task has one of its own."""
     try:
         with path.open("rb") as file, np.load(file) as saved:
@@ -236,7 +242,7 @@ def _read(name: str, path: pathlib.Path, head: str) -> Task:
 
     def split(part: str) -> Split:
         inputs = arrays[f"{part}_inputs"]
-        pixels = inputs.dtype == np.uint8
+        pixels = floats and inputs.dtype == np.uint8
         return Split(
             inputs.astype(np.float32) / np.float32(255) if pixels else inputs,
             arrays[f"{part}_labels"],

@@ -10,8 +10,8 @@ class Split:
     """Labelled images or texts of one split.
 
     Attributes:
-        inputs: images, float32 [n, height, width, channels] with pixels in [0, 1]; or texts as
-            tokens, int32 [n, length] with -1 behind their end.
+        inputs: images, float32 [n, height, width, channels] with pixels in [0, 1], or uint8 for
+            models that read bytes; or texts as tokens, int32 [n, length] with -1 behind their end.
         labels: int32 [n], indices into the task's `labels`.
 
     Example:

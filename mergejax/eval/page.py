@@ -4,7 +4,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergejax.eval import seeds
+from mergejax.eval import sections, seeds
 from mergejax.eval.tables import label
 
 STYLE = """
@@ -31,6 +31,7 @@ th, td { padding: 0.35rem 0.7rem; text-align: right; border-bottom: 1px solid va
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--paper); max-width: 42vw; overflow: hidden; text-overflow: ellipsis; }
 tbody tr:last-child td { border-bottom: 0; }
+.words th, .words td { text-align: left; white-space: normal; }
 tr.best td, tr.best td:first-child { background: var(--mark); font-weight: 600; }
 tr.first td { border-top: 2px solid var(--soft); }
 .pictures { display: grid; gap: 1.25rem;
@@ -44,12 +45,17 @@ li { margin: 0.2rem 0; }
 """
 
 
-def page(summary: Mapping[str, Any], pictures: Mapping[str, tuple[str, str]]) -> str:
+def page(
+    summary: Mapping[str, Any],
+    pictures: Mapping[str, tuple[str, str]],
+    more: Sequence[sections.Section] = (),
+) -> str:
     """The whole page as text.
 
     Args:
         summary: what `seeds.summarise` returned.
         pictures: by file name a title and the PNG in base64.
+        more: tables behind the large one.
 
     Returns:
         HTML with its style and its pictures inside.
@@ -67,6 +73,7 @@ def page(summary: Mapping[str, Any], pictures: Mapping[str, tuple[str, str]]) ->
         + "</li>"
         for row in merges
     )
+    tables = "\n".join(map(sections.page, more))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -87,6 +94,7 @@ def page(summary: Mapping[str, Any], pictures: Mapping[str, tuple[str, str]]) ->
 {_table(summary, merges)}
 </div>
 <p>{html.escape(seeds.caption(summary))}</p>
+{tables}
 <h2>Pictures</h2>
 <div class="pictures">
 {figures}

@@ -1,17 +1,18 @@
 """The bodies that a config can ask for by `model.kind`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 
 from mergejax import errors
-from mergejax.models import residual, sentence, vit
+from mergejax.models import residual, sentence, vit, zero_shot
 
 KINDS: Mapping[str, Callable[..., nn.Module]] = {
     "vit": vit.VisionTransformer,
     "resnet": residual.ResidualNetwork,
     "sentence_encoder": sentence.build,
+    "clip": zero_shot.build,
 }
 
 
@@ -59,9 +60,47 @@ def pretrained(settings: Mapping[str, Any]) -> Any:
         >>> pretrained({"kind": "vit"}) is None
         True
     """
-    if settings.get("kind") == "sentence_encoder":
-        return sentence.pretrained(settings["weights"])
+    match settings.get("kind"):
+        case "sentence_encoder":
+            return sentence.pretrained(settings["weights"])
+        case "clip":
+            return zero_shot.pretrained(settings["weights"])
     return None
+
+
+def heads(
+    settings: Mapping[str, Any], sentences: Mapping[str, Sequence[Sequence[str]]]
+) -> dict[str, Any]:
+    """The heads that a model makes of sentences about the classes; none of no sentences.
+
+    Args:
+        settings: as for `build`.
+        sentences: by head, for each class, as `data.sentences` gives them.
+
+    Example:
+        >>> heads({"kind": "vit"}, {})
+        {}
+    """
+    return zero_shot.heads(settings["weights"], sentences) if sentences else {}
+
+
+def expert(settings: Mapping[str, Any], task: str) -> Any:
+    """The parameters of a fine-tuned model that the settings name, or None where it is to be made.
+
+    Args:
+        settings: as for `build`; `experts` says where fine-tuned models are.
+        task: whose expert.
+
+    Raises:
+        MergeError: weights that cannot be read, or of another shape.
+
+    Example:
+        >>> expert({"kind": "vit"}, "mnist") is None
+        True
+    """
+    if not settings.get("experts", ""):
+        return None
+    return zero_shot.expert(settings["weights"], settings["experts"], task)
 
 
 def mask(model: nn.Module) -> Callable[[Any], Any] | None:

@@ -219,21 +219,29 @@ def _fit(
 def _pretrain(run: _Run) -> list[Tree]:
     """Returns the heads by task, and the base.
 
-    Heads that pre-training does not teach, and that the model does not make of words, are trained
-    on the tasks afterwards, with the base as it is.
+    Heads that pre-training does not teach are trained on the tasks afterwards, with the base as
+    it is; a model that makes its heads of words needs no training at all.
     """
+    given = bodies.pretrained(run.config.model)
+    heads = bodies.heads(run.config.model, data.sentences(run.config, run.every))
+    body = jax.tree.map(jnp.asarray, given)
+    if not heads:
+        body, heads = _taught(run, body)
+    return [{task.name: heads[task.head] for task in run.every.values()}, body]
+
+
+def _taught(run: _Run, given: Tree | None) -> tuple[Tree, dict[str, Tree]]:
+    """Trains the heads, and the base unless it is given."""
     splits = data.pretraining(run.config, run.every, run.folder.parent, run.reporter)
     example = next(iter(run.tasks.values())).train.inputs[:1]
     classes = {name: int(split.labels.max()) + 1 for name, split in splits.items()}
     classes |= {task.head: len(task.labels) for task in run.every.values()}
     body, heads = initial(run.model, example, classes, run.config.seed)
-    given = bodies.pretrained(run.config.model)
     taught = {name: heads[name] for name in splits}
     if given is None:
         body, taught = _fit(run, "pretrain", "base", body, taught, splits)
     else:
-        body = jax.tree.map(jnp.asarray, given)
-    taught |= bodies.heads(run.config.model, data.sentences(run.config, run.every))
+        body = given
     heads |= taught
     untaught: dict[str, Split] = {}
     for task in run.every.values():
@@ -243,7 +251,7 @@ def _pretrain(run: _Run) -> list[Tree]:
     if untaught:
         new = {name: heads[name] for name in untaught}
         heads |= _fit(run, "heads", "heads", body, new, untaught, parts=("heads",))[1]
-    return [{task.name: heads[task.head] for task in run.every.values()}, body]
+    return body, heads
 
 
 def _fine_tune(run: _Run, name: str, base: Tree, heads: Mapping[str, Tree]) -> list[Tree]:

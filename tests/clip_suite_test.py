@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import mergejax as mj
-from mergejax import data, progress, suite, train, workdir
+from mergejax import data, experiment, progress, suite, train, workdir
 from mergejax.data import clip
 from mergejax.data.task import Split, Task
-from mergejax.eval import published
+from mergejax.eval import published, sections, seeds
 from mergejax.models import bodies, zero_shot
 
 torch = pytest.importorskip("torch", reason="PyTorch is the reference")
@@ -119,13 +119,15 @@ def test_a_suite_of_given_experts_puts_its_numbers_beside_published_ones(
     monkeypatch.setattr(data, "load", lambda config, *_: {name: task(name) for name in TASKS})
     book = workdir.Logbook(progress.Printer(io.StringIO()))
     origin = {"file": "clip8.py", "argument": "tiny", "overrides": {}}
-    summary = suite.run(small(models), tmp_path, book, origin)
-    rows = {row["name"]: row for row in summary["models"]}
-    (cell,) = summary["published"]
-    assert cell["mean"] == rows["average()"]["mean"]
-    assert cell["difference"] == pytest.approx(100 * cell["mean"]["mean"] - 25, abs=0.06)
-    assert "| mean | average() | 25.0 |" in (tmp_path / "results.md").read_text()
-    assert "Beside published numbers" in (tmp_path / "report.html").read_text()
+    config = small(models)
+    results = experiment.run(config, tmp_path, book, origin)
+    rows = seeds.summarise(config.name, {0: results})["models"]
+    assert {row["kind"] for row in rows} >= {"base", "own", "merge", "ensemble", "multi_task"}
+    (cell,) = published.compare(rows, config.cells)
+    accuracy = next(row["mean"]["mean"] for row in rows if row["name"] == "average()")
+    assert cell["difference"] == pytest.approx(100 * accuracy - 25, abs=0.06)
+    text = sections.markdown(published.section([cell]))
+    assert f"| mean | average() | 25.0 | {100 * accuracy:.1f} |" in text
 
 
 @pytest.mark.parametrize(("model", "count"), [("b32", 8), ("b16", 14), ("l14", 20)])

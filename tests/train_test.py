@@ -174,7 +174,7 @@ def test_workdir_of_other_images_is_refused(first, workdir):
     mirror = tasks["mirror"]
     changed = Split(mirror.train.inputs * np.float32(0.5), mirror.train.labels)
     tasks["mirror"] = type(mirror)(**{**vars(mirror), "train": changed})
-    with pytest.raises(mj.MergeError, match=r"images\.mirror\.train"):
+    with pytest.raises(mj.MergeError, match=r"examples\.mirror\.train"):
         train.train_all(config, tasks, workdir, notes)
 
 

@@ -63,19 +63,29 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+# A few of each kind, for reduced suites: averages and sums, sparse ones, modifiers, spectral ones,
+# and those that read statistics.
+FEW = (
+    *("average", "task_arithmetic", "ties", "dare", "consensus", "lines"),
+    *("tsv_merge", "iso_c", "iso_cts", "opcm", "fisher", "regmean"),
+)
+
+
 def grids(limit: int | None = None) -> dict[str, dict[str, tuple[Any, ...]]]:
     """The values to try, by method and parameter; a config's `search` starts from a copy.
 
     Args:
-        limit: how many values of each parameter to keep at most, evenly spread; None for all.
+        limit: how many values of each parameter to keep at most, the middles of equal parts; None
+            for all.
 
     Example:
-        >>> grids()["opcm"], grids(limit=2)["opcm"]
-        ({'alpha': (0.3, 0.5, 0.7)}, {'alpha': (0.3, 0.7)})
+        >>> grids(limit=2)["opcm"], grids(limit=2)["task_arithmetic"]
+        ({'alpha': (0.3, 0.7)}, {'scaling': (0.2, 0.6)})
     """
 
     def thinned(values: tuple[Any, ...]) -> tuple[Any, ...]:
-        places = np.linspace(0, len(values) - 1, min(limit or len(values), len(values)))
+        count = min(limit or len(values), len(values))
+        places = (np.arange(count) + 0.5) * len(values) / count - 0.5
         return tuple(values[i] for i in places.round().astype(int))
 
     return {

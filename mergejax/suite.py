@@ -16,7 +16,7 @@ import ml_collections
 
 from mergejax import errors, experiment, workdir
 from mergejax.checkpoints import fingerprint
-from mergejax.eval import page, published, sections, seeds
+from mergejax.eval import orders, page, published, sections, seeds
 
 FILE = "suite.json"
 
@@ -36,7 +36,8 @@ def run(
         origin: where the config comes from, as for `experiment.run`.
 
     Returns:
-        What `summary.json` holds, see `seeds.summarise`, with `published` for `config.cells`.
+        What `summary.json` holds, see `seeds.summarise`, with `orders` (see `orders.summarise`)
+        and `published` (see `published.compare`).
 
     Raises:
         MergeError: bad input, before anything is written; a workdir of another suite.
@@ -51,6 +52,7 @@ def run(
         fingerprint.write_json(folder / FILE, {"name": config.name})
         summary = seeds.summarise(config.name, found)
         summary["published"] = published.compare(summary["models"], config.get("cells", {}))
+        summary["orders"] = orders.summarise([one["orders"] for one in found.values()])
         _write(summary, found, folder)
     return summary
 
@@ -108,7 +110,11 @@ def _write(
     fingerprint.write_json(folder / "summary.json", summary)
     lines = [json.dumps(line) for line in seeds.lines(summary["name"], found)]
     workdir.write_text(folder / "results.jsonl", "\n".join(lines) + "\n")
-    more = [published.section(summary["published"])] if summary["published"] else []
+    more = [
+        kind.section(summary[name])
+        for name, kind in (("orders", orders), ("published", published))
+        if summary[name]
+    ]
     text = "\n".join([seeds.markdown(summary), *map(sections.markdown, more)])
     workdir.write_text(folder / "results.md", text)
     workdir.write_text(folder / "results.tex", seeds.latex(summary))

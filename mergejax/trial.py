@@ -16,7 +16,7 @@ from mergejax.eval import memory, predict, report
 from mergejax.leaves import name_of
 from mergejax.preflight import Compiled, Job, Plan, Record, Tree, needs
 
-Right = Callable[[predict.Bundle], jax.Array]
+Right = Callable[[predict.Bundle], jax.Array | np.ndarray]
 Stats = Mapping[str, Sequence[Tree]]
 
 
@@ -100,7 +100,7 @@ def compressions(job: Job, trained: train.Trained) -> None:
             bodies = compress.restore(trained.base, packed)
             whole = _stored(trained.base)["stored_bytes"]
 
-            def right(images: predict.Bundle, bodies: Sequence[Tree] = bodies) -> jax.Array:
+            def right(images: predict.Bundle, bodies: Sequence[Tree] = bodies) -> np.ndarray:
                 return predict.own_right(job.model, bodies, head, images)
 
             record = {

@@ -26,5 +26,5 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
     config.data.pretraining = ("cifar10", "fashion_mnist")
     config.data.held_out = ("not_mnist", "street_characters")
     config.data.head = "digit"
-    config.scaling.counts = tuple(n for n in config.scaling.counts if n <= 5)
+    config.scaling.counts = tuple(dict.fromkeys(min(n, 5) for n in config.scaling.counts))
     return config.lock()

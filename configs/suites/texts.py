@@ -10,7 +10,7 @@ expert is the encoder fine-tuned on one task, whole or by low-rank factors. --co
 `configs/suites/images.py`.
 
 Arguments behind the colon, joined by commas:
-    small         shorter texts, a tenth of the training; 2 CPU cores
+    small         shorter texts, a tenth of the training, a dozen methods; 2 CPU cores
     lora          low-rank experts
     methods=A+B   some methods only
 
@@ -58,8 +58,9 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
     config.compressions = ("tall_masks()", "emr()", "tsv_compress()")
     config.search = search.grids(limit=4)  # the budget: values to try on validation
     if args.small:
+        config.methods = args.methods or search.FEW
         config.data.length = 24
-        config.data.limits = {"train": 2000, "validation": 64, "test": 200}
+        config.data.limits = {"train": 2000, "validation": 60, "test": 150}
         config.training.heads.steps = 150
         config.training.finetune.steps = 60
         config.training.multi_task.steps = 150
@@ -67,7 +68,7 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
             config.training[phase].batch = 16
             config.training[phase].learning_rate *= 2
         config.calibration.examples = 64
-        config.robustness.examples = 50
-        config.scaling.counts = (2, 4, 6)
+        config.robustness.examples = 30
+        config.scaling.counts = (2, 6)
         config.search = search.grids(limit=2)
     return config.lock()

@@ -7,7 +7,7 @@ import numpy as np
 
 from mergejax import language
 from mergejax.core import Stage
-from mergejax.eval import metrics
+from mergejax.eval import metrics, orders
 
 Record = Mapping[str, Any]
 OWN = "experts on their own tasks"
@@ -46,8 +46,9 @@ def summarise(
         shared: whether image i of every task's test split comes from the same scan.
 
     Returns:
-        `tasks`, `models` (a row each, merges in the order of their validation accuracy), `verdict`
-        and `sweep` (the search of 'ties', or None); accuracies are shares of 1.
+        `tasks`, `models` (a row each, merges in the order of their validation accuracy), `verdict`,
+        `sweep` (the search of 'ties', or None) and `orders` (see `orders.leads`); accuracies are
+        shares of 1.
     """
     right = {name: _right(record, tasks) for name, record in records.items()}
     of_task = {r["task"]: name for name, r in records.items() if r["kind"] == "expert"}
@@ -64,6 +65,7 @@ def summarise(
         "models": rows,
         "verdict": _verdict(merges, base, right, shared),
         "sweep": _sweep(records.get("ties")),
+        "orders": orders.leads({row["name"]: right[row["name"]] for row in merges}, shared),
     }
 
 

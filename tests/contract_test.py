@@ -58,7 +58,8 @@ def gives_one(chain):
 
 
 def is_random(name):
-    return any(s.factory.name.startswith("drop") for s in mj.chains.walk(trees.chain_of(name)))
+    stages = (stage.factory.name for stage in mj.chains.walk(trees.chain_of(name)))
+    return not {"drop", "drop_given", "drop_by_rank"}.isdisjoint(stages)
 
 
 # Executors ----------------------------------------------------------------------------------------

@@ -72,7 +72,9 @@ def test_search_passes_statistics():
     chain = "fisher(floor=0.01)"
     found = searched([chain], base, experts, weights, jnp.float32(0), stats=stats)
     alone = mj.merge(chain, base, experts, names=NAMES, stats=stats)
-    np.testing.assert_allclose(found.measured[0], weights(alone, jnp.float32(0)), rtol=1e-5)
+    # Base and delta are of the order of 1: where they cancel, their own rounding is left.
+    measured = weights(alone, jnp.float32(0))
+    np.testing.assert_allclose(found.measured[0], measured, rtol=1e-5, atol=5e-7)
 
 
 def test_ties_on_validation_go_to_the_first_setting():

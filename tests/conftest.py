@@ -37,9 +37,23 @@ def pytest_addoption(parser):
     )
 
 
+# Files that train; that compare with recorded numbers or other processes' bytes; or whose checks
+# hang on the last bit. They are compiled as a user's programs are.
+OPTIMIZED = {
+    *("images_test", "launcher_test", "suite_test", "texts_test", "train_test"),
+    *("command_test", "compositions_test", "degenerate_test", "elementwise_test", "golden_test"),
+    "spectral_test",
+}
+
+
 @pytest.fixture(autouse=True, scope="module")
-def small_memory():
-    """Forgets compiled programs behind each file; three thousand tests would keep gigabytes."""
+def small_programs(request):
+    """Compiles without XLA's costly optimisations, and forgets the programs behind each file.
+
+    Most tests run each program once or twice on a handful of numbers: compiling was two thirds of
+    their time, and what three thousand of them compile would keep gigabytes.
+    """
+    jax.config.update("jax_disable_most_optimizations", request.path.stem not in OPTIMIZED)
     yield
     jax.clear_caches()
 

@@ -67,7 +67,7 @@ def balanced(start: Array, decay: Array) -> Any:
     import optax  # here, for it takes a third of the time that JAX does
 
     def update(pair: Any, weight: Array, _: Any = None) -> tuple[Array, Array]:
-        normalized = [g / jnp.where(loss > 0, loss, 1.0) for g, loss in pair]
+        normalized = [g / jnp.where(loss <= 0, 1.0, loss) for g, loss in pair]
         weight = decay * weight + (1 - decay) * _shortest(*normalized)
         return weight * pair[0][0] + (1 - weight) * pair[1][0], weight
 

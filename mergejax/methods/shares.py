@@ -85,8 +85,10 @@ def select_variance(density: Fraction = 0.1):
     def apply(ds, leaf, seen):
         if len(ds) == 1:
             return ds
-        centre = sum(ds) / len(ds)
-        variance = jnp.asarray(sum(jnp.square(d - centre) for d in ds)) / len(ds)
+        # Around the first expert, so that equal deltas have no variance at all.
+        ahead = [d - ds[0] for d in ds]
+        centre = sum(ahead) / len(ds)
+        variance = jnp.asarray(sum(jnp.square(d - centre) for d in ahead)) / len(ds)
         varied = (variance > 0).sum(dtype=jnp.int32)
         count = jnp.floor(density * varied.astype(jnp.float32)).astype(jnp.int32)
         kept = first_largest(magnitude_key(variance).reshape(1, -1), count).reshape(variance.shape)

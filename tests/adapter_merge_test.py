@@ -134,3 +134,11 @@ def test_what_cannot_be_merged_is_one_sentence(
     with pytest.raises(mj.MergeError):
         command.run(["check", *given])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
+
+
+def test_one_adapter_under_two_names_is_refused(made, tmp_path):
+    twin = changed(made, tmp_path / "twin")
+    given = [*flags(made, tmp_path / "out", "cat()"), "--expert", str(twin)]
+    with pytest.raises(mj.MergeError, match="'b' and 'twin' hold the same values"):
+        command.run(["merge", *given])
+    assert not (tmp_path / "out").exists()

@@ -89,6 +89,10 @@ CASES = {
         lambda: mj.linear(weights=[1, -1]),
         [("sums to zero", "normalize=False")],
     ),
+    "votes that cancel": (
+        lambda: mj.della(weights=[1, -1]),
+        [("della(weights=[1, -1]) sums to zero", "change the weights")],
+    ),
     "exact cut over the model": (
         lambda: mj.trim(cut="exact"),
         [("cut='exact'", "scope='tensor'")],

@@ -193,6 +193,15 @@ def sentences(folder, seed, words, size):
     text.unlink()
 
 
+def test_tokens_that_cannot_be_read_are_told(tmp_path, capsys):
+    save(tmp_path / "base", 0, BASE)
+    save(tmp_path / "a", 1, BASE)
+    (tmp_path / "a" / "tokenizer.json").write_text("{")
+    flags = ["--base", tmp_path / "base", "--expert", tmp_path / "a", "--method", "linear()"]
+    assert command.run(["check", *map(str, flags), "--out", str(tmp_path / "out")]) == 0
+    assert "the tokens of expert 'a' cannot be compared: " in capsys.readouterr().err
+
+
 def test_rows_follow_the_tokens_of_sentencepiece_models(tmp_path):
     sentences(tmp_path / "base", 0, ["red red red", "green green", "blue"], 4)
     sentences(tmp_path / "a", 1, ["sky sky sky sky", "red red red", "green green", "blue"], 5)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import blake3
@@ -58,7 +58,7 @@ def prepare(request: Request) -> Merge:
     read: list[Any] = [problems.attempt(_read, path) for path in request.experts]
     raise_all(problems.lines)
     configs = [config for config, _ in read]
-    raise_all(_differences(names, configs))
+    raise_all([*_differences(names, configs), *_doubles(names, [state for _, state in read])])
     factors = []
     for path, (config, state) in zip(request.experts, read, strict=True):
         factors.append(problems.attempt(lowrank.from_peft, _float32(path, state), config))
@@ -182,6 +182,19 @@ def _differences(names: list[str], configs: list[dict[str, Any]]) -> list[str]:
         for key in ("base_model_name_or_path", "fan_in_fan_out", "task_type")
         for name, config in zip(names[1:], configs[1:], strict=True)
         if config.get(key) != first.get(key)
+    ]
+
+
+def _doubles(names: list[str], states: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
+    """Adapters that are one and the same, which a slip of the hand would count twice."""
+    content = [
+        sorted((n, x.dtype.name, x.shape, x.tobytes()) for n, x in s.items()) for s in states
+    ]
+    firsts = [content.index(values) for values in content]
+    return [
+        f"adapters '{names[first]}' and '{names[i]}' hold the same values; leave one of them out"
+        for i, first in enumerate(firsts)
+        if first < i
     ]
 
 

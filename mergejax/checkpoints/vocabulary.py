@@ -89,7 +89,10 @@ def moved(base: Model, experts: Sequence[Model]) -> list[str]:
     for expert in experts:
         if expert is base or same_tokenizer(base, expert):
             continue
-        own, others = tokens_of(base), tokens_of(expert)
+        try:
+            own, others = tokens_of(base), tokens_of(expert)
+        except MergeError:  # `renamed` tells
+            continue
         count = sum(row != own[token] for token, row in others.items() if token in own)
         if count:
             token = next(t for t, row in others.items() if t in own and row != own[t])
@@ -107,8 +110,11 @@ def renamed(base: Model, experts: Sequence[Model]) -> list[str]:
     for expert in experts:
         if expert is base or same_tokenizer(base, expert):
             continue
-        own = {row: token for token, row in tokens_of(base).items()}
-        others = {row: token for token, row in tokens_of(expert).items()}
+        try:
+            own, others = ({r: t for t, r in tokens_of(m).items()} for m in (base, expert))
+        except MergeError as problem:  # such as a format whose reader is not installed
+            lines.append(f"the tokens of expert '{expert.name}' cannot be compared: {problem}")
+            continue
         changed = [row for row, token in others.items() if own.get(row, token) != token]
         if changed:
             row = changed[0]

@@ -107,7 +107,7 @@ def della(
         A method.
 
     Raises:
-        MergeError: a value out of range, or probabilities that leave (0, 1].
+        MergeError: a value out of range, probabilities that leave (0, 1], or weights that cancel.
 
     Example:
         >>> import jax.numpy as jnp, mergejax as mj
@@ -118,6 +118,7 @@ def della(
     DELLA-Merging (Deep et al., 2024, arXiv:2406.11617). Without the election write
     `drop_by_rank()|task_arithmetic()`; mergekit's form is rescale='norm' with spread=0.15.
     """
+    hyper.check_sum("della", weights, "change the weights")
     return chain(
         drop_by_rank(density, spread, rescale),
         weigh(weights),

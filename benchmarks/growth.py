@@ -58,6 +58,7 @@ def run(row: Row, folder: pathlib.Path, runs: int) -> list[str]:
     out = folder / "out"
     command = checkpoints.ours(folder, row.method, row.experts, out)
     command += ["--memory", row.memory] if row.memory else []
+    shutil.rmtree(out, ignore_errors=True)
     told = check(command)
     cost = checkpoints.measure(command, out, runs)
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

@@ -105,7 +105,7 @@ def learning_rates(settings: Settings) -> np.ndarray:
         return np.asarray(jax.vmap(schedule)(np.arange(settings.steps)), np.float32)
 
 
-def _direction(weight_decay: float | jax.Array) -> optax.GradientTransformation:
+def direction(weight_decay: float | jax.Array) -> optax.GradientTransformation:
     """AdamW up to the learning rate, which is data, so that one compilation serves all."""
     decay = optax.add_decayed_weights(weight_decay)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), decay)
@@ -136,7 +136,7 @@ def _chunk(
         (trained, state), (batch, rate) = carry, data
         value, gradient = jax.value_and_grad(loss)(trained, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-            updates, state = _direction(weight_decay).update(gradient, state, trained)
+            updates, state = direction(weight_decay).update(gradient, state, trained)
         trained = jax.tree.map(lambda leaf, update: leaf - rate * update, trained, updates)
         return (trained, state), value
 
@@ -279,7 +279,7 @@ def fit(
         factors = adapters(body, settings.rank, key)
     params = {"body": body, "heads": stacked, "adapters": factors}
     trained = {part: params.pop(part) for part in parts}
-    state = _direction(settings.weight_decay).init(trained)
+    state = direction(settings.weight_decay).init(trained)
     rates, decay = learning_rates(settings), jnp.float32(settings.weight_decay)
     generator = np.random.default_rng(list(seed))
     losses, training = [], [splits[name] for name in names]

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     import scipy.linalg  # noqa: F401, so that the library below is loaded
     import threadpoolctl
 
-    from mergejax import compiled, experiment, progress, study, suite, workdir
+    from mergejax import alignment_studies, compiled, experiment, progress, study, suite, workdir
     from mergejax.eval import tables
 
     logging.set_verbosity(logging.ERROR)  # other libraries tell every step of a checkpoint
@@ -52,6 +52,10 @@ def main(arguments: Sequence[str]) -> None:
     }
     if "seeds" in CONFIG.value:
         print(suite.closing(suite.run(CONFIG.value, folder, book, origin), folder.as_posix()))
+        return
+    if "alignment" in CONFIG.value:
+        alignment_studies.run(CONFIG.value, folder, book)
+        print((folder / alignment_studies.TABLE).read_text(encoding="utf-8"))
         return
     if "study" in CONFIG.value:
         study.run(CONFIG.value, folder, book)

@@ -29,7 +29,8 @@ def reestimate(
     Args:
         update: (statistics, batch) -> statistics after one batch in training mode, for instance
             `lambda stats, x: model.apply({'params': merged, 'batch_stats': stats}, x, train=True,
-            mutable=['batch_stats'])[1]['batch_stats']`. Dropout off.
+            mutable=['batch_stats'])[1]['batch_stats']`. Dropout off. Compile it with `jax.jit`,
+            the variables among its arguments where several networks share the program.
         statistics: a tree of the statistics' shapes; its values are forgotten.
         batches: about a hundred; the more examples in each the better.
 
@@ -48,7 +49,6 @@ def reestimate(
     REPAIR (Jordan et al., 2023, arXiv:2211.08403), for networks with BatchNorm.
     """
 
-    @jax.jit
     def measured(batch: Any) -> tuple[Tree, Tree]:
         def from_value(value: float) -> Tree:
             return update(jax.tree.map(lambda x: jnp.full_like(x, value), statistics), batch)
@@ -152,7 +152,7 @@ def _moments(model: Any, params: Tree, batches: Sequence[Any]) -> dict[str, Any]
         bias = leaves.get(name.removesuffix("kernel") + "bias")
         inputs = gram[-1, :-1]
         covariance = gram[:-1, :-1] - np.outer(inputs, inputs)
-        variance = np.einsum("io,ij,jo->o", kernel, covariance, kernel)
+        variance = (kernel * (covariance @ kernel)).sum(0)
         mean = inputs @ kernel + (0 if bias is None else np.asarray(bias, np.float64).ravel())
         found[name] = (mean, np.sqrt(np.maximum(variance, 0)))
     return found

@@ -1,0 +1,303 @@
+"""Two residual networks for different tasks merged at widths from one to two (PLeaS)."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from mergejax import alignment, api, fit
+from mergejax.alignment_studies import networks, tables
+from mergejax.collect import joint_gram
+from mergejax.data.task import Split, Task
+from mergejax.progress import Reporter
+
+Tree = Any
+Record = dict[str, Any]
+PROBE_STEPS = 300
+
+
+def measure(
+    config: ml_collections.ConfigDict,
+    tasks: Mapping[str, Task],
+    folder: pathlib.Path,
+    book: Reporter,
+) -> list[Record]:
+    """Accuracy of every merge of one seed.
+
+    Args:
+        config: `model`, `training`, and `alignment` with `pairs` (by name one task, whose classes
+            are halved, or two with the same labels), `budgets` and `examples`.
+        tasks: the data.
+        folder: where the trained networks are kept.
+        book: told what is going on.
+
+    Returns:
+        Records of `pair`, `method`, `cost` (multiplications of weights that are not zero, relative
+        to one network) and `accuracy`, the mean over both tasks.
+    """
+    records = []
+    for name, members in config.alignment.pairs.items():
+        both = parts(tasks, members)
+        classes = len(both[0].labels)
+        model = networks.build(config.model.residual, classes)
+        assert isinstance(model, networks.Residual)
+        pair = [
+            networks.trained(
+                model,
+                task.train,
+                fit.Settings(**config.training.residual),
+                [config.seed, place],
+                folder / "checkpoints" / f"{name}_{letter}",
+                book,
+            )
+            for place, (letter, task) in enumerate(zip("ab", both, strict=True))
+        ]
+        examples, budgets = config.alignment.examples, config.alignment.budgets
+        right = accuracy_of(both, shared=len(members) > 1)
+        for record in compare(model, pair, both, right, examples, budgets):
+            records.append({"pair": name, **record})
+            book.log(
+                f"seed {config.seed}, {name}, {record['method']}: {100 * record['accuracy']:.1f} % "
+                f"at {record['cost']:.2f}"
+            )
+    return records
+
+
+def parts(tasks: Mapping[str, Task], members: Sequence[str]) -> list[Task]:
+    """Two tasks: those named, or both halves of the classes of the only one."""
+    if len(members) > 1:
+        return [tasks[name] for name in members]
+    whole = tasks[members[0]]
+    half = len(whole.labels) // 2
+
+    def chosen(split: Split, first: int) -> Split:
+        mine = (split.labels >= first) & (split.labels < first + half)
+        return Split(split.inputs[mine], split.labels[mine] - np.int32(first))
+
+    return [
+        Task(
+            name=f"{whole.name}_{first}",
+            labels=whole.labels[first : first + half],
+            head=whole.head,
+            **{p: chosen(getattr(whole, p), first) for p in ("train", "validation", "test")},
+        )
+        for first in (0, half)
+    ]
+
+
+def accuracy_of(both: Sequence[Task], shared: bool) -> Callable[..., float]:
+    """How a list of networks, whose outputs are averaged, is rated on both tasks.
+
+    With shared labels by its own head. With different ones, as the authors do, by a linear probe
+    for each task, trained on the features before the head.
+    """
+
+    def by_head(several: Sequence[tuple[nn.Module, Tree]]) -> float:
+        found = []
+        for task in both:
+            logits = sum(networks.logits(*one, task.test.inputs) for one in several)
+            found.append(np.mean(np.argmax(logits, 1) == task.test.labels))
+        return float(np.mean(found))
+
+    def by_probe(several: Sequence[tuple[nn.Module, Tree]]) -> float:
+        found = []
+        for task in both:
+            train, test = (
+                np.concatenate([features(*one, split.inputs) for one in several], axis=1)
+                for split in (task.train, task.test)
+            )
+            found.append(probe(train, task.train.labels, test, task.test.labels))
+        return float(np.mean(found))
+
+    return by_head if shared else by_probe
+
+
+def features(model: nn.Module, variables: Tree, images: np.ndarray) -> np.ndarray:
+    """What reaches the head, [n, width]."""
+    starts = range(0, len(images), networks.BATCH)
+    read = _features(model)
+    parts = [read(variables, images[i : i + networks.BATCH]) for i in starts]
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=16)
+def _features(model: nn.Module) -> Any:
+    def call(variables: Tree, images: jax.Array) -> jax.Array:
+        taken = []
+
+        def read(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            if context.module.name == "head":
+                taken.append(args[0])
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(read):
+            model.apply(variables, images)
+        return taken[0]
+
+    return jax.jit(call)
+
+
+def probe(x: np.ndarray, labels: np.ndarray, test: np.ndarray, wanted: np.ndarray) -> float:
+    """Test accuracy of a linear classifier on standardised features, trained by Adam."""
+    mean, spread = x.mean(0), x.std(0) + 1e-6
+    x, test = ((y - mean) / spread for y in (x, test))
+    weights = _probe(jnp.asarray(x), jnp.asarray(labels), int(labels.max()) + 1)
+    return float(np.mean(np.argmax(test @ weights[:-1] + weights[-1], 1) == wanted))
+
+
+@functools.partial(jax.jit, static_argnames="classes")
+def _probe(x: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
+    optimizer = optax.adam(0.02)
+
+    def loss(weights: jax.Array) -> jax.Array:
+        logits = x @ weights[:-1] + weights[-1:]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def step(carry: tuple[jax.Array, Any], _: None) -> tuple[Any, None]:
+        weights, state = carry
+        with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+            updates, state = optimizer.update(jax.grad(loss)(weights), state)
+        return (weights + updates, state), None  # type: ignore[operator]
+
+    start = jnp.zeros((x.shape[1] + 1, classes), x.dtype)
+    (weights, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), None, length=PROBE_STEPS)
+    return weights
+
+
+def compare(
+    model: networks.Residual,
+    pair: Sequence[Tree],
+    both: Sequence[Task],
+    right: Callable[..., float],
+    examples: int,
+    budgets: Sequence[float],
+) -> list[Record]:
+    """Merges two networks in all ways and rates them.
+
+    Args:
+        model: of both networks.
+        pair: their variables.
+        both: their tasks; half of the unlabelled images come from each.
+        right: rates a list of (module, variables).
+        examples: images for activations, regression and statistics.
+        budgets: of PLeaS, relative to one network.
+    """
+    first, second = pair
+    images = np.concatenate([task.train.inputs[: examples // 2] for task in both])
+    images = np.random.default_rng(0).permutation(images)
+    batches = networks.batches_of(images)
+    apply = networks.function(model)
+    symmetries = alignment.symmetries(apply.__wrapped__, pair[0], images[:2])
+    joint = joint_gram(apply, pair, batches)
+    weights = alignment.weight_matching(symmetries, first, second)
+    matching = alignment.activation_matching(symmetries, first, second, joint)
+    once = multiplications(model, pair[0], images[:1])
+
+    def rated(method: str, variables: Tree) -> Record:
+        wide = networks.rebuilt(model, variables)
+        found = networks.reestimated(wide, variables, batches)
+        spent = multiplications(wide, found, images[:1]) / once
+        return {"method": method, "cost": spent, "accuracy": right([(wide, found)])}
+
+    def chained(chain: str, orders: Sequence[Any], regressed: bool) -> Tree:
+        stats = alignment.statistics(symmetries, orders, pair)
+        shared = alignment.regression(joint, stats, pair) if regressed else None
+        return api.merge(chain, None, list(pair), stats=stats, shared=shared)
+
+    zipped = alignment.zip_units(symmetries, pair, joint)
+    moved = [alignment.transport(symmetries, m, p) for m, p in zip(zipped, pair, strict=True)]
+    aligned = "permute()|mean()"
+    records = [
+        {"method": "first network", "cost": 1.0, "accuracy": right([(model, pair[0])])},
+        {"method": "second network", "cost": 1.0, "accuracy": right([(model, pair[1])])},
+        rated("average", api.merge("mean()", None, list(pair))),
+        rated("Re-Basin", chained(aligned, [{}, weights.permutations], False)),
+        rated("activation matching", chained(aligned, [{}, matching.permutations], False)),
+        rated("ZipIt", api.merge("mean()", None, moved)),
+    ]
+    for budget in budgets:
+        ratios = alignment.ratios_for(symmetries, pair[0], budget, scores=matching.scores)
+        orders = alignment.keep_apart(symmetries, [matching], ratios)
+        records += [
+            {**rated("joined", chained("permute()|join()", orders, False)), "budget": budget},
+            {**rated("PLeaS", chained("pleas(ridge=1e-4)", orders, True)), "budget": budget},
+        ]
+    ensemble = right([(model, one) for one in pair])
+    return [*records, {"method": "ensemble", "cost": 2.0, "accuracy": ensemble}]
+
+
+def multiplications(model: nn.Module, variables: Tree, images: np.ndarray) -> float:
+    """Weights of all layers that are not zero, each as often as pixels it is applied to."""
+    _, kept = model.apply(variables, images, capture_intermediates=True)
+    outputs, params = kept["intermediates"], variables["params"]
+    return sum(
+        float(np.prod(outputs[name]["__call__"][0].shape[1:-1]))
+        * float(np.count_nonzero(np.asarray(layer["kernel"])))
+        for name, layer in params.items()
+        if "kernel" in layer
+    )
+
+
+def table(records: Sequence[Record]) -> str:
+    """Accuracy and cost, mean ± spread over seeds, in Markdown."""
+    pairs = list(dict.fromkeys(r["pair"] for r in records))
+    rows = []
+    for method, budget in dict.fromkeys((r["method"], r.get("budget")) for r in records):
+        mine = [r for r in records if (r["method"], r.get("budget")) == (method, budget)]
+        several = [[r for r in mine if r["pair"] == pair] for pair in pairs]
+        cells = [tables.spread([r["accuracy"] for r in some]) for some in several]
+        costs = [tables.spread([r["cost"] for r in some], 1, 2) for some in several]
+        name = f"{method}, budget {budget}" if budget else method
+        rows.append([name, *(x for both in zip(cells, costs, strict=True) for x in both)])
+    return tables.markdown(
+        ["method", *(x for pair in pairs for x in (pair.replace("_", " "), "cost"))], rows
+    )
+
+
+def picture(records: Sequence[Record]) -> Any:
+    """Accuracy over multiplications, one panel for each pair."""
+    from matplotlib import figure
+
+    from mergejax.eval.plots import BLUE, GREY, ORANGE
+
+    pairs = list(dict.fromkeys(r["pair"] for r in records))
+    canvas = figure.Figure(figsize=(4.6 * len(pairs), 3.8), dpi=150, layout="constrained")
+    for axes, pair in zip(canvas.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+        mine = [r for r in records if r["pair"] == pair]
+
+        def points(method: str, mine: Sequence[Record] = mine) -> np.ndarray:
+            found = [r for r in mine if r["method"] == method]
+            budgets = dict.fromkeys(r.get("budget") for r in found)
+            rows = []
+            for budget in budgets:
+                some = [r for r in found if r.get("budget") == budget]
+                accuracy = [100 * r["accuracy"] for r in some]
+                rows.append([np.mean([r["cost"] for r in some]), np.mean(accuracy),
+                             np.std(accuracy)])  # fmt: skip
+            return np.array(rows).T
+
+        for method, colour in (("PLeaS", BLUE), ("joined", GREY)):
+            x, y, width = points(method)
+            label = method if method == "PLeaS" else "the same units, no regression"
+            axes.errorbar(x, y, width, fmt="o-", color=colour, markersize=4, capsize=2, label=label)
+        marks = (("average", "v"), ("Re-Basin", "s"), ("activation matching", "D"),
+                 ("ZipIt", "^"), ("ensemble", "*"))  # fmt: skip
+        for method, mark in marks:
+            x, y, width = points(method)
+            axes.errorbar(x, y, width, fmt=mark, color=ORANGE, fillstyle="none", markersize=6,
+                          capsize=2, label=method)  # fmt: skip
+        axes.set_title(pair.replace("_", " "), fontsize=10, loc="left")
+        axes.set_xlabel("multiplications, one network = 1", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    canvas.axes[0].set_ylabel("test accuracy in %", fontsize=9)
+    handles, labels = canvas.axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return canvas

@@ -87,24 +87,6 @@ def spectral_map(x: Array, function: Callable[[Array], Array]) -> Array:
     return triplets._replace(values=values).compose()
 
 
-def polar(x: Array) -> Array:
-    """The orthogonal factor U V^T of X = U S V^T, over the singular values that are not zero.
-
-    Columns of zeros stay zero and equal columns share a direction, where a polar factor with
-    orthonormal columns would fill in arbitrary ones.
-
-    Example:
-        >>> polar(jnp.asarray([[2.0, 0.0], [0.0, 0.0]])).tolist()
-        [[1.0, 0.0], [0.0, 0.0]]
-    """
-    return spectral_map(x, jnp.ones_like)
-
-
-def truncate(x: Array, rank: Array | int) -> Array:
-    """The nearest matrix of a rank, which may be traced."""
-    return spectral_map(x, lambda values: jnp.where(jnp.arange(len(values)) < rank, values, 0.0))
-
-
 @highest()
 def gram_filter(x: Array, gram: Array, function: Callable[[Array], Array]) -> Array:
     """A matrix times a function of a symmetric positive semi-definite one: X Q f(L) Q^T.

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from mergejax.core import Array
-from mergejax.linalg.spectral import Triplets, decompose, is_real
+from mergejax.linalg.spectral import Triplets
+from mergejax.linalg.triplets import principal
 
 
 def gather(several: Sequence[Triplets], kept: Sequence[Array], width: int) -> Triplets:
@@ -28,6 +30,31 @@ def gather(several: Sequence[Triplets], kept: Sequence[Array], width: int) -> Tr
     return Triplets(left * there[None, :], values * there, right * there[None, :])
 
 
+def principals(ds: Sequence[Array], ranks: Sequence[Array]) -> list[Triplets]:
+    """The leading singular triplets of each matrix.
+
+    Args:
+        ds: matrices of one shape [out, in].
+        ranks: int32 for each.
+
+    Returns:
+        Triplets with k = min(out, in) columns, zero behind the rank.
+    """
+    size = min(ds[0].shape)
+
+    def within(width: int) -> list[Triplets]:
+        several = [principal(d, rank, width) for d, rank in zip(ds, ranks, strict=True)]
+        spare = size - width
+        return [
+            Triplets(*(jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)]) for x in triplets))
+            for triplets in several
+        ]
+
+    share = max(size // len(ds), 1)  # what most methods give each expert: so many columns are cheap
+    fits = jnp.max(jnp.stack(list(ranks))) <= share
+    return jax.lax.cond(fits, lambda: within(share), lambda: within(size))
+
+
 def leading(ds: Sequence[Array], ranks: Sequence[Array]) -> Triplets:
     """The leading singular triplets of each matrix side by side.
 
@@ -39,13 +66,7 @@ def leading(ds: Sequence[Array], ranks: Sequence[Array]) -> Triplets:
         Triplets with k columns, zero where there is no singular value.
     """
     size = min(ds[0].shape)
-    several = []
-    for triplets in (decompose(d) for d in ds):
-        real = is_real(triplets.values, ds[0].shape).astype(triplets.values.dtype)
-        several.append(
-            Triplets(triplets.left * real[None, :], triplets.values, triplets.right * real[None, :])
-        )
-    return gather(several, [jnp.arange(size) < rank for rank in ranks], size)
+    return gather(principals(ds, ranks), [jnp.arange(size) < rank for rank in ranks], size)
 
 
 def present(ds: Sequence[Array]) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mergejax.core import Array
 from mergejax.hyper import Positive, Scaling
-from mergejax.linalg.spectral import polar
+from mergejax.linalg.triplets import polar
 from mergejax.lowrank.factors import Adapter, Factors, product_svd
 from mergejax.lowrank.methods import adapter_method, merge_coordinates, numbers_at
 

@@ -3,7 +3,8 @@
 from mergejax.chains import by_role, chain
 from mergejax.core import method, reduce
 from mergejax.hyper import Density, Scaling
-from mergejax.linalg.spectral import on_matrices, truncate
+from mergejax.linalg.spectral import on_matrices
+from mergejax.linalg.triplets import truncate
 from mergejax.methods.combine import mean
 from mergejax.summaries import kept_count
 

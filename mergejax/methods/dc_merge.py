@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from mergejax.chains import by_role, chain
 from mergejax.core import Array, method, reduce
 from mergejax.hyper import Density, Scaling
-from mergejax.linalg.spectral import on_matrices, polar
+from mergejax.linalg.spectral import on_matrices
 from mergejax.linalg.subspaces import equal_ranks, leading, present
+from mergejax.linalg.triplets import polar
 from mergejax.methods.combine import mean, scale
 from mergejax.summaries import bounded_rank, kept_count, kth_key, magnitude_key
 

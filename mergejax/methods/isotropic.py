@@ -6,15 +6,9 @@ from mergejax.chains import by_role, chain
 from mergejax.core import Array, each, method, reduce
 from mergejax.errors import MergeError
 from mergejax.hyper import Scaling
-from mergejax.linalg.spectral import (
-    decompose,
-    is_real,
-    on_matrices,
-    polar,
-    spectral_map,
-    unit,
-)
-from mergejax.linalg.subspaces import gather, present
+from mergejax.linalg.spectral import is_real, on_matrices, unit
+from mergejax.linalg.subspaces import gather, present, principals
+from mergejax.linalg.triplets import polar, principal
 from mergejax.methods.combine import mean, scale, total
 
 
@@ -42,7 +36,8 @@ def flatten_spectrum():
     """
 
     def flat(x):
-        return spectral_map(x, lambda values: jnp.full_like(values, _mean_of_real(values)))
+        q = polar(x)  # <X, Q> is the sum of the singular values, <Q, Q> their number
+        return q * (jnp.sum(x * q) / jnp.maximum(jnp.sum(q * q), 1.0))
 
     return lambda d, leaf, seen: on_matrices(flat, leaf.layout, d)
 
@@ -107,16 +102,14 @@ def isotropic_subspaces(common: float = 0.8):
         count = jnp.maximum(present(ds).sum(dtype=jnp.int32), 1)
         asked = jnp.round((size - int(common * size)) / count.astype(jnp.float32))
         own = jnp.minimum(asked.astype(jnp.int32), size // count)
-        whole = decompose(sum(ds))
-        shared = place < size - own * count
-        basis = jnp.where(shared[None, :], whole.left, 0.0)
-        residuals = [decompose(d - basis @ (basis.T @ d)) for d in ds]
+        common_rank = size - own * count
+        whole = principal(sum(ds), common_rank, size)
+        residuals = principals([d - whole.left @ (whole.left.T @ d) for d in ds], [own] * len(ds))
         kept = [
-            (place < own) & is_real(rest.values, ds[0].shape, unit(d)[1])
+            is_real(rest.values, ds[0].shape, unit(d)[1])
             for rest, d in zip(residuals, ds, strict=True)
         ]
-        real = shared & is_real(whole.values, ds[0].shape)
-        joined = gather([*residuals, whole], [*kept, real], size)
+        joined = gather([*residuals, whole], [*kept, place < common_rank], size)
         return _mean_of_real(joined.values) * polar(joined.left) @ polar(joined.right).T
 
     return lambda ds, leaf, seen: on_matrices(merge, leaf.layout, *ds)

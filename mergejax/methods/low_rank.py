@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from mergejax.core import Array, joint
 from mergejax.errors import MergeError
 from mergejax.hyper import Count, Fraction
-from mergejax.linalg.spectral import Triplets, decompose, on_matrices, truncate
+from mergejax.linalg.spectral import Triplets, decompose, on_matrices
+from mergejax.linalg.triplets import truncate
 
 
 def kept_rank(shape: tuple[int, ...], fraction: Array, count: int) -> Array:

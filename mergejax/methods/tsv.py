@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from mergejax.chains import by_role, chain
 from mergejax.core import each, method, reduce
 from mergejax.hyper import NonNegative, Scaling
-from mergejax.linalg.spectral import on_matrices, polar
+from mergejax.linalg.spectral import on_matrices
 from mergejax.linalg.subspaces import equal_ranks, leading, ranks_by_density
+from mergejax.linalg.triplets import polar
 from mergejax.methods.combine import mean, scale
 
 _RANKS = {"equal": equal_ranks, "density": ranks_by_density}

@@ -12,8 +12,9 @@ from mergejax.chains import by_role, chain
 from mergejax.core import Array, method, reduce
 from mergejax.hyper import Fraction, Positive, Scaling, Whole
 from mergejax.linalg.descent import descend
-from mergejax.linalg.spectral import on_matrices, truncate, unit
+from mergejax.linalg.spectral import on_matrices, unit
 from mergejax.linalg.subspaces import equal_ranks, present
+from mergejax.linalg.triplets import truncate
 from mergejax.methods.combine import mean, scale, total
 
 Norm = Literal["square", "plain"]

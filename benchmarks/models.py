@@ -4,8 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Width, hidden width, blocks: a model of 10 million parameters, and ViT-B/32 of CLIP, 88 million.
-SIZES = {"tiny": (64, 256, 2), "small": (256, 1024, 12), "vit": (768, 3072, 12)}
+# Width, hidden width, blocks: a model of 10 million parameters, and ViT-B/32 of CLIP, 88 million,
+# whole and of one block.
+SIZES = {
+    "tiny": (64, 256, 2),
+    "block": (768, 3072, 1),
+    "small": (256, 1024, 12),
+    "vit": (768, 3072, 12),
+}
 
 
 def shapes(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -45,14 +45,15 @@ def _is_apart(gram: _Gram, rank: Array | int) -> Array:
     """Whether rounding of the Gram matrix exchanges little between the kept and the other values.
 
     The subspace turns by the rounding over the gap of the eigenvalues (Davis and Kahan, 1970), and
-    that times the last value kept is what the truncated matrix moves by.
+    that times the last value kept is what the truncated matrix moves by. Nothing is cut where the
+    rank reaches to the zeros.
     """
     place = jnp.asarray(rank, jnp.int32)
-    last = jnp.maximum(gram.squares[jnp.maximum(place - 1, 0)], 0.0)
+    last = jnp.take(gram.triplets.values, jnp.maximum(place - 1, 0)) ** 2
     after = jnp.where(place < len(gram.squares), jnp.take(gram.squares, place, mode="clip"), 0.0)
     rounding = jnp.finfo(last.dtype).eps * gram.squares[0]
     mass = jnp.sqrt(jnp.sum(gram.triplets.values**2))
-    return rounding * jnp.sqrt(last) <= GAP_TOLERANCE * (last - after) * mass
+    return (last == 0) | (rounding * jnp.sqrt(last) <= GAP_TOLERANCE * (last - after) * mass)
 
 
 def _checked(fast, accurate):
@@ -101,7 +102,7 @@ def principal(x: Array, rank: Array | int, width: int) -> Triplets:
         direction, norm = unit(tall)
         gram = _by_gram(direction, rank, width)
         found = gram.triplets._replace(values=norm * gram.triplets.values)
-        return found, gram.good & (_is_apart(gram, rank) | (rank == 0))
+        return found, gram.good & _is_apart(gram, rank)
 
     def accurate(tall: Array, rank: Array) -> Triplets:
         whole = decompose(tall)

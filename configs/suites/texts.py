@@ -59,16 +59,16 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
     config.search = search.grids(limit=4)  # the budget: values to try on validation
     if args.small:
         config.methods = args.methods or search.FEW
-        config.data.length = 24
-        config.data.limits = {"train": 2000, "validation": 60, "test": 150}
-        config.training.heads.steps = 150
+        config.data.length = 20
+        config.data.limits = {"train": 2000, "validation": 40, "test": 80}
+        config.training.heads.update({"steps": 150, "batch": 32})
         config.training.finetune.steps = 60
-        config.training.multi_task.steps = 150
+        config.training.multi_task.steps = 100
         for phase in ("finetune", "multi_task"):
             config.training[phase].batch = 16
             config.training[phase].learning_rate *= 2
         config.calibration.examples = 64
-        config.robustness.examples = 30
+        config.robustness.examples = 10
         config.scaling.counts = (2, 6)
         config.search = search.grids(limit=2)
     return config.lock()

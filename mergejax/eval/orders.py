@@ -27,7 +27,7 @@ CLAIMS = (
     Claim("iso_cts", "ties", "Marczak et al. 2025, arXiv:2502.04959"),
     Claim("fisher", "average", "Matena and Raffel 2022, arXiv:2111.09832"),
     Claim("regmean", "fisher", "Jin et al. 2023, arXiv:2212.09849"),
-    Claim("regmean", "ties", "statistics above sums, arXiv:2406.03280"),
+    Claim("regmean", "ties", "Tang et al. 2024, arXiv:2406.03280"),
     Claim("lines", "task_arithmetic", "Wang et al. 2024, arXiv:2410.17146"),
     Claim("dare", "task_arithmetic", "Yu et al. 2024, arXiv:2311.03099"),
     Claim("consensus", "task_arithmetic", "Wang et al. 2024, arXiv:2405.07813"),
@@ -122,13 +122,17 @@ def verdict(order: Mapping[str, Any]) -> str:
     return "does not hold" if order["high"] < 0 else "not decided"
 
 
+def _points(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:+.1f}"  # 0.0 added, so that nothing is shown as -0.0
+
+
 def section(orders: Sequence[Mapping[str, Any]]) -> Section:
     """The table of a report."""
     rows = [
         [
             f"{order['above']} > {order['below']}".replace("_", " "),
-            f"{100 * order['value']:+.1f}",
-            f"[{100 * order['low']:+.1f}, {100 * order['high']:+.1f}]",
+            _points(order["value"]),
+            f"[{_points(order['low'])}, {_points(order['high'])}]",
             verdict(order),
             order["source"],
         ]

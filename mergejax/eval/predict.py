@@ -17,7 +17,7 @@ from mergejax import train
 from mergejax.data.task import Split
 
 Tree = Any
-CHUNK = 512  # examples that go through a body at once
+CHUNK = 512  # examples that go through a body at once, at most
 
 
 class Bundle(NamedTuple):
@@ -94,7 +94,7 @@ def scores(model: nn.Module, body: Tree, head: Tree, examples: Bundle) -> jax.Ar
         float32 [n, all classes], minus infinity for the classes of other tasks.
     """
     n = examples.inputs.shape[0]
-    size = min(n, CHUNK)
+    size = -(-n // max(1, -(-n // CHUNK)))  # chunks of one size, as few and as small as can be
     padded = jnp.pad(examples.inputs, [(0, -n % size)] + [(0, 0)] * (examples.inputs.ndim - 1))
     chunks = padded.reshape(-1, size, *padded.shape[1:])
     logits = jax.lax.map(lambda chunk: train.logits(model, body, head, chunk), chunks)

@@ -60,6 +60,8 @@ def test_twins_merge_to_themselves_at_any_width():
     assert by_method["Re-Basin"]["cost"] == 1
     halves = widths.parts({"t": task}, ("t",))
     assert [len(half.labels) for half in halves] == [1, 1]
+    with pytest.raises(mj.MergeError, match="must be one or two of"):
+        widths.parts({"t": task}, ("u",))
 
 
 def test_an_unknown_study_is_refused():

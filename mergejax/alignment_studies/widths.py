@@ -1,26 +1,21 @@
 """Two residual networks for different tasks merged at widths from one to two (PLeaS)."""
 
-import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
 from mergejax import alignment, api, fit
-from mergejax.alignment_studies import networks, tables
+from mergejax.alignment_studies import networks, rating, tables
 from mergejax.collect import joint_gram
 from mergejax.data.task import Split, Task
+from mergejax.errors import MergeError
 from mergejax.progress import Reporter
 
 Tree = Any
 Record = dict[str, Any]
-PROBE_STEPS = 300
 
 
 def measure(
@@ -60,7 +55,7 @@ def measure(
             for place, (letter, task) in enumerate(zip("ab", both, strict=True))
         ]
         examples, budgets = config.alignment.examples, config.alignment.budgets
-        right = accuracy_of(both, shared=len(members) > 1)
+        right = rating.accuracy_of(both, shared=len(members) > 1)
         for record in compare(model, pair, both, right, examples, budgets):
             records.append({"pair": name, **record})
             book.log(
@@ -72,7 +67,19 @@ def measure(
 
 def parts(tasks: Mapping[str, Task], members: Sequence[str]) -> list[Task]:
     """Two tasks: those named, or both halves of the classes of the only one."""
+    unknown = [name for name in members if name not in tasks]
+    if unknown or len(members) not in (1, 2):
+        raise MergeError(
+            f"config.alignment.pairs: {tuple(members)} must be one or two of config.data.tasks, "
+            f"{tuple(tasks)}"
+        )
     if len(members) > 1:
+        labels = [len(tasks[name].labels) for name in members]
+        if labels[0] != labels[1]:
+            raise MergeError(
+                f"config.alignment.pairs: {tuple(members)} have {labels[0]} and {labels[1]} "
+                "labels; two tasks must have the same ones"
+            )
         return [tasks[name] for name in members]
     whole = tasks[members[0]]
     half = len(whole.labels) // 2
@@ -90,85 +97,6 @@ def parts(tasks: Mapping[str, Task], members: Sequence[str]) -> list[Task]:
         )
         for first in (0, half)
     ]
-
-
-def accuracy_of(both: Sequence[Task], shared: bool) -> Callable[..., float]:
-    """How a list of networks, whose outputs are averaged, is rated on both tasks.
-
-    With shared labels by its own head. With different ones, as the authors do, by a linear probe
-    for each task, trained on the features before the head.
-    """
-
-    def by_head(several: Sequence[tuple[nn.Module, Tree]]) -> float:
-        found = []
-        for task in both:
-            logits = sum(networks.logits(*one, task.test.inputs) for one in several)
-            found.append(np.mean(np.argmax(logits, 1) == task.test.labels))
-        return float(np.mean(found))
-
-    def by_probe(several: Sequence[tuple[nn.Module, Tree]]) -> float:
-        found = []
-        for task in both:
-            train, test = (
-                np.concatenate([features(*one, split.inputs) for one in several], axis=1)
-                for split in (task.train, task.test)
-            )
-            found.append(probe(train, task.train.labels, test, task.test.labels))
-        return float(np.mean(found))
-
-    return by_head if shared else by_probe
-
-
-def features(model: nn.Module, variables: Tree, images: np.ndarray) -> np.ndarray:
-    """What reaches the head, [n, width]."""
-    starts = range(0, len(images), networks.BATCH)
-    read = _features(model)
-    parts = [read(variables, images[i : i + networks.BATCH]) for i in starts]
-    return np.concatenate(parts)
-
-
-@functools.lru_cache(maxsize=16)
-def _features(model: nn.Module) -> Any:
-    def call(variables: Tree, images: jax.Array) -> jax.Array:
-        taken = []
-
-        def read(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            if context.module.name == "head":
-                taken.append(args[0])
-            return next_fun(*args, **kwargs)
-
-        with nn.intercept_methods(read):
-            model.apply(variables, images)
-        return taken[0]
-
-    return jax.jit(call)
-
-
-def probe(x: np.ndarray, labels: np.ndarray, test: np.ndarray, wanted: np.ndarray) -> float:
-    """Test accuracy of a linear classifier on standardised features, trained by Adam."""
-    mean, spread = x.mean(0), x.std(0) + 1e-6
-    x, test = ((y - mean) / spread for y in (x, test))
-    weights = _probe(jnp.asarray(x), jnp.asarray(labels), int(labels.max()) + 1)
-    return float(np.mean(np.argmax(test @ weights[:-1] + weights[-1], 1) == wanted))
-
-
-@functools.partial(jax.jit, static_argnames="classes")
-def _probe(x: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
-    optimizer = optax.adam(0.02)
-
-    def loss(weights: jax.Array) -> jax.Array:
-        logits = x @ weights[:-1] + weights[-1:]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    def step(carry: tuple[jax.Array, Any], _: None) -> tuple[Any, None]:
-        weights, state = carry
-        with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
-            updates, state = optimizer.update(jax.grad(loss)(weights), state)
-        return (weights + updates, state), None  # type: ignore[operator]
-
-    start = jnp.zeros((x.shape[1] + 1, classes), x.dtype)
-    (weights, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), None, length=PROBE_STEPS)
-    return weights
 
 
 def compare(
@@ -198,12 +126,12 @@ def compare(
     joint = joint_gram(apply, pair, batches)
     weights = alignment.weight_matching(symmetries, first, second)
     matching = alignment.activation_matching(symmetries, first, second, joint)
-    once = multiplications(model, pair[0], images[:1])
+    once = rating.multiplications(model, pair[0], images[:1])
 
     def rated(method: str, variables: Tree) -> Record:
         wide = networks.rebuilt(model, variables)
         found = networks.reestimated(wide, variables, batches)
-        spent = multiplications(wide, found, images[:1]) / once
+        spent = rating.multiplications(wide, found, images[:1]) / once
         return {"method": method, "cost": spent, "accuracy": right([(wide, found)])}
 
     def chained(chain: str, orders: Sequence[Any], regressed: bool) -> Tree:
@@ -231,18 +159,6 @@ def compare(
         ]
     ensemble = right([(model, one) for one in pair])
     return [*records, {"method": "ensemble", "cost": 2.0, "accuracy": ensemble}]
-
-
-def multiplications(model: nn.Module, variables: Tree, images: np.ndarray) -> float:
-    """Weights of all layers that are not zero, each as often as pixels it is applied to."""
-    _, kept = model.apply(variables, images, capture_intermediates=True)
-    outputs, params = kept["intermediates"], variables["params"]
-    return sum(
-        float(np.prod(outputs[name]["__call__"][0].shape[1:-1]))
-        * float(np.count_nonzero(np.asarray(layer["kernel"])))
-        for name, layer in params.items()
-        if "kernel" in layer
-    )
 
 
 def table(records: Sequence[Record]) -> str:

@@ -1,7 +1,7 @@
 """Two residual networks for different tasks merged at widths from one to two (PLeaS)."""
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -106,7 +106,7 @@ def compare(
     right: Callable[..., float],
     examples: int,
     budgets: Sequence[float],
-) -> list[Record]:
+) -> Iterator[Record]:
     """Merges two networks in all ways and rates them.
 
     Args:
@@ -142,23 +142,19 @@ def compare(
     zipped = alignment.zip_units(symmetries, pair, joint)
     moved = [alignment.transport(symmetries, m, p) for m, p in zip(zipped, pair, strict=True)]
     aligned = "permute()|mean()"
-    records = [
-        {"method": "first network", "cost": 1.0, "accuracy": right([(model, pair[0])])},
-        {"method": "second network", "cost": 1.0, "accuracy": right([(model, pair[1])])},
-        rated("average", api.merge("mean()", None, list(pair))),
-        rated("Re-Basin", chained(aligned, [{}, weights.permutations], False)),
-        rated("activation matching", chained(aligned, [{}, matching.permutations], False)),
-        rated("ZipIt", api.merge("mean()", None, moved)),
-    ]
+    yield {"method": "first network", "cost": 1.0, "accuracy": right([(model, first)])}
+    yield {"method": "second network", "cost": 1.0, "accuracy": right([(model, second)])}
+    yield rated("average", api.merge("mean()", None, list(pair)))
+    yield rated("Re-Basin", chained(aligned, [{}, weights.permutations], False))
+    yield rated("activation matching", chained(aligned, [{}, matching.permutations], False))
+    yield rated("ZipIt", api.merge("mean()", None, moved))
     for budget in budgets:
-        ratios = alignment.ratios_for(symmetries, pair[0], budget, scores=matching.scores)
+        ratios = alignment.ratios_for(symmetries, first, budget, scores=matching.scores)
         orders = alignment.keep_apart(symmetries, [matching], ratios)
-        records += [
-            {**rated("joined", chained("permute()|join()", orders, False)), "budget": budget},
-            {**rated("PLeaS", chained("pleas(ridge=1e-4)", orders, True)), "budget": budget},
-        ]
-    ensemble = right([(model, one) for one in pair])
-    return [*records, {"method": "ensemble", "cost": 2.0, "accuracy": ensemble}]
+        joined = chained("permute()|join()", orders, False)
+        yield {**rated("joined", joined), "budget": budget}
+        yield {**rated("PLeaS", chained("pleas(ridge=1e-4)", orders, True)), "budget": budget}
+    yield {"method": "ensemble", "cost": 2.0, "accuracy": right([(model, one) for one in pair])}
 
 
 def table(records: Sequence[Record]) -> str:

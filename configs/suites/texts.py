@@ -60,10 +60,10 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
     if args.small:
         config.methods = args.methods or search.FEW
         config.data.length = 20
-        config.data.limits = {"train": 2000, "validation": 40, "test": 80}
+        config.data.limits = {"train": 2000, "validation": 40, "test": 60}
         config.training.heads.update({"steps": 150, "batch": 32})
         config.training.finetune.steps = 60
-        config.training.multi_task.steps = 100
+        config.training.multi_task.steps = 80
         for phase in ("finetune", "multi_task"):
             config.training[phase].batch = 16
             config.training[phase].learning_rate *= 2

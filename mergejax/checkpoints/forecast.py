@@ -17,15 +17,15 @@ _PASS = 0.9e9  # bytes a second and processor that a pass works through
 def forecast(job: Job) -> dict[str, Any]:
     """Bytes on disk, peak bytes of memory (an upper bound), seconds (roughly), passes."""
     every = works.make_works(job, output.place(job.files, job.reference.path, job.recipe))
-    threads = works.threads(job, every)
-    largest = sorted((works.part_memory(work) for work in every), reverse=True)[:threads]
+    memory = works.part_memory(job, every)
+    largest = sorted(memory, reverse=True)[: works.threads(job, every, memory)]
     read = sum(tensor.bytes for work in every for tensor in work.tensors)
-    passes = 1 + len(job.plan.passes)
+    passes = 1 + len(job.plan.passes) + max(len(work.rounds) for work in every)
     speed = min(_speed(job), _PASS * (os.cpu_count() or 1))
     return {
         "tensors": len(every),
         "disk_bytes": predicted_disk(job),
-        "memory_bytes": works.PROGRAM + sum(largest) + works.held_memory(every),
+        "memory_bytes": works.held_memory(job, every) + sum(largest),
         "seconds": round(_START + passes * read / speed + output_bytes(job) / _PASS, 1),
         "passes": passes,
     }

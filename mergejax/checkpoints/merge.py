@@ -29,7 +29,7 @@ from mergejax.checkpoints.job import Job, prepare
 from mergejax.checkpoints.pieces import Runner, Work
 from mergejax.checkpoints.request import make_request, show_size
 from mergejax.checkpoints.staging import Staging
-from mergejax.checkpoints.works import make_works, memory_problems, threads
+from mergejax.checkpoints.works import make_works, memory_problems, part_memory, threads
 from mergejax.progress import Reporter, Silent
 from mergejax.randomness import name_key
 
@@ -143,7 +143,7 @@ def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:
     names = np.array([name_key(expert.name) for expert in job.experts], np.uint32)
     runner = Runner(job.reads_base, names, job.request.seed)
     memory = recall(lines)
-    count = threads(job, works)
+    count = threads(job, works, part_memory(job, works))
     passes = 1 + len(job.plan.passes)
     total = sum(input_bytes(part) for part in parts_of(works))
     try:
@@ -233,7 +233,7 @@ def _is_done(job: Job) -> bool:
     memory = Memory()
     look = lambda part: (runner.digests_of(*part), runner.written(*part))
     try:
-        for part, (digests, written) in in_order(look, parts_of(works), threads(job, works)):
+        for part, (digests, written) in in_order(look, parts_of(works), os.cpu_count() or 2):
             memory.digests[key_of(part)], memory.done[key_of(part)] = digests, written
     finally:
         runner.inputs.close()

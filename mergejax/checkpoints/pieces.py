@@ -96,6 +96,27 @@ def _program(placed, leaf, experts, names, seed, seen, local, *, due, dtype):
     return found if due is not None else found[0].astype(dtype)
 
 
+def program_memory(work: Work, has_base: bool) -> int:
+    """The bytes that the program of a leaf takes beside its inputs, as its compiler says.
+
+    Args:
+        work: a leaf that is merged as it is and of which nothing is measured.
+        has_base: whether the first tensor is the base's.
+    """
+    assert work.program is not None
+    placed, leaf, local = work.program
+    kinds = [np.dtype(np.float32) if t.dtype == np.float64 else t.dtype for t in work.tensors]
+    values = [jax.ShapeDtypeStruct(work.info.shape, kind) for kind in kinds]
+    leaf = leaf.replace(start=start_of(0), base=values[0] if has_base else None)
+    names = np.zeros((len(values) - has_base, 2), np.uint32)
+    dtype = jax.dtypes.canonicalize_dtype(work.dtype)
+    lowered = _program.lower(
+        placed, leaf, values[has_base:], names, np.uint32(0), {}, local, due=None, dtype=dtype
+    )
+    sizes = lowered.compile().memory_analysis()
+    return sizes.temp_size_in_bytes + sizes.output_size_in_bytes if sizes else 0
+
+
 def section(tensor: Tensor, start: int, stop: int) -> Tensor:
     """The elements from `start` to `stop` of a tensor, as a tensor of one axis."""
     offset = tensor.offset + start * tensor.dtype.itemsize

@@ -416,7 +416,7 @@ CASES = {
     "a type that does not exist": (flag("--dtype", "float17"), r"'float17' is no floating-point"),
     "a seed out of range": (flag("--seed", "-1"), r"seed must be an integer in"),
     "a seed that is no number": (flag("--seed", "x"), r"--seed: it must be an integer, not 'x'"),
-    "too little memory": (flag("--memory", "1MB"), r"--memory 1\.0 MB is too little: .* take 1\d\d MB"),
+    "too little memory": (flag("--memory", "1MB"), r"--memory 1\.0 MB is too little: .* 1\d\d MB"),
     "weights that cancel": (
         method("ties(weights=[1,-1])"),
         r"ties\(weights=\[1, -1\]\) sums to zero and cannot be normalised",

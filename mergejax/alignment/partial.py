@@ -93,24 +93,31 @@ def check_ratios(symmetries: Symmetries, ratios: Ratios) -> dict[str, float]:
     return shares
 
 
-def cost(symmetries: Symmetries, params: Tree, ratios: Ratios, experts: int = 2) -> float:
+def cost(
+    symmetries: Symmetries,
+    params: Tree,
+    ratios: Ratios,
+    experts: int = 2,
+    uses: Mapping[str, float] | None = None,
+) -> float:
     r"""Multiplications of the merged network, relative to one expert.
 
     A kernel between groups with ratios :math:`r_1, r_2` has :math:`1 + r_1 + r_2 - r_1r_2` times as
-    many weights that are not zero, for two experts. Every weight counts once; a convolution on more
-    pixels is not counted more often.
+    many weights that are not zero, for two experts.
 
     Args:
         symmetries: of the experts.
         params: one expert, or its shapes.
         ratios: as for `keep_apart`.
         experts: number N of networks.
+        uses: by kernel, how often its weights are applied to one example, such as the pixels of a
+            convolution's output; without it every weight counts once.
 
     Returns:
         The share, from 1 to N.
 
     Raises:
-        MergeError: as `keep_apart`.
+        MergeError: as `keep_apart`; a kernel that `uses` does not name.
 
     Example:
         >>> from mergejax import alignment
@@ -123,15 +130,19 @@ def cost(symmetries: Symmetries, params: Tree, ratios: Ratios, experts: int = 2)
     shares = check_ratios(symmetries, ratios)
     leaves, _ = leaves_by_name(params, "the model")
     whole = merged = 0.0
-    for info in describe({n: (tuple(x.shape), x.dtype) for n, x in leaves.items()}):
-        if info.role not in ("kernel", "convolution"):
-            continue
+    infos = describe({n: (tuple(x.shape), x.dtype) for n, x in leaves.items()})
+    kernels = [info for info in infos if info.role in ("kernel", "convolution")]
+    times = dict.fromkeys((info.name for info in kernels), 1.0) if uses is None else uses
+    missing = [f"uses: kernel '{i.name}' is not named" for i in kernels if i.name not in times]
+    raise_all(missing)
+    for info in kernels:
+        size = info.size * times[info.name]
         axes = symmetries.axes.get(info.name, ())
         apart = [shares.get(name, 0.0) for axis in axes for name in groups_of(axis)]
         joined = float(np.prod([1 - r for r in apart]))
-        whole += info.size
+        whole += size
         # A weight is there once if both ends are joined, else once for each expert.
-        merged += info.size * (joined + experts * (1 - joined))
+        merged += size * (joined + experts * (1 - joined))
     return merged / whole
 
 
@@ -142,6 +153,7 @@ def ratios_for(
     *,
     scores: Mapping[str, np.ndarray] | None = None,
     experts: int = 2,
+    uses: Mapping[str, float] | None = None,
     step: float = 0.05,
 ) -> dict[str, float]:
     """Shares of units to keep apart so that the merged network costs at most `budget` times one.
@@ -155,6 +167,7 @@ def ratios_for(
         budget: at least 1, at most the number of experts; compute relative to one expert.
         scores: by group, of a `Matching`.
         experts: number of networks.
+        uses: as for `cost`.
         step: of the shares.
 
     Returns:
@@ -181,7 +194,11 @@ def ratios_for(
             f"(all joined) to {experts} (none)"
         )
     names = list(check_ratios(symmetries, 0.0))
-    most = cost(symmetries, params, dict.fromkeys(names, 1.0), experts)
+
+    def spent(ratios: Ratios) -> float:
+        return cost(symmetries, params, ratios, experts, uses)
+
+    most = spent(dict.fromkeys(names, 1.0))
     if budget > most + 1e-9 and budget < experts:
         raise MergeError(
             f"ratios_for: a budget of {budget} cannot be used up: with every group apart that "
@@ -190,17 +207,17 @@ def ratios_for(
     steps = round(1 / step)
     if scores is None:
         even = [dict.fromkeys(names, i / steps) for i in range(steps + 1)]
-        fitting = [r for r in even if cost(symmetries, params, r, experts) <= budget + 1e-9]
+        fitting = [r for r in even if spent(r) <= budget + 1e-9]
         return fitting[-1]
     ratios = dict.fromkeys(names, 0.0)
     while True:
-        now = cost(symmetries, params, ratios, experts)
+        now = spent(ratios)
         options = []
         for name in names:
             if ratios[name] > 1 - step / 2:
                 continue
             wider = {**ratios, name: min(ratios[name] + step, 1.0)}
-            more = cost(symmetries, params, wider, experts)
+            more = spent(wider)
             if more <= budget + 1e-9:
                 options.append((_lost(scores[name], wider[name]) / (more - now + 1e-12), name))
         if not options:

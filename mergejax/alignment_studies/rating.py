@@ -98,14 +98,20 @@ def _probe(x: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
 
 def multiplications(model: nn.Module, variables: Tree, images: np.ndarray) -> float:
     """Weights of all layers that are not zero, each as often as pixels it is applied to."""
+    kernels = {f"params/{n}/kernel": x.get("kernel") for n, x in variables["params"].items()}
+    times = uses(model, variables, images)
+    return sum(times[name] * float(np.count_nonzero(kernels[name])) for name in times)
+
+
+def uses(model: nn.Module, variables: Tree, images: np.ndarray) -> dict[str, float]:
+    """By kernel, to how many places of one image it is applied."""
 
     def traced(variables: Tree) -> Tree:
         return model.apply(variables, images, capture_intermediates=True)[1]["intermediates"]
 
     outputs, params = jax.eval_shape(traced, variables), variables["params"]
-    return sum(
-        float(np.prod(outputs[name]["__call__"][0].shape[1:-1]))
-        * float(np.count_nonzero(np.asarray(layer["kernel"])))
+    return {
+        f"params/{name}/kernel": float(np.prod(outputs[name]["__call__"][0].shape[1:-1]))
         for name, layer in params.items()
         if "kernel" in layer
-    )
+    }

@@ -127,6 +127,7 @@ def compare(
     weights = alignment.weight_matching(symmetries, first, second)
     matching = alignment.activation_matching(symmetries, first, second, joint)
     once = rating.multiplications(model, pair[0], images[:1])
+    times = rating.uses(model, pair[0], images[:1])
 
     def rated(method: str, variables: Tree) -> Record:
         wide = networks.rebuilt(model, variables)
@@ -149,12 +150,15 @@ def compare(
     yield rated("activation matching", chained(aligned, [{}, matching.permutations], False))
     yield rated("ZipIt", api.merge("mean()", None, moved))
     for budget in budgets:
-        ratios = alignment.ratios_for(symmetries, first, budget, scores=matching.scores)
+        ratios = alignment.ratios_for(symmetries, first, budget, scores=matching.scores, uses=times)
         orders = alignment.keep_apart(symmetries, [matching], ratios)
         joined = chained("permute()|join()", orders, False)
         yield {**rated("joined", joined), "budget": budget}
         yield {**rated("PLeaS", chained("pleas(ridge=1e-4)", orders, True)), "budget": budget}
     yield {"method": "ensemble", "cost": 2.0, "accuracy": right([(model, one) for one in pair])}
+    # Merged networks have statistics of the images of both tasks.
+    mixed = [(model, networks.reestimated(model, one, batches)) for one in pair]
+    yield {"method": "ensemble, new statistics", "cost": 2.0, "accuracy": right(mixed)}
 
 
 def table(records: Sequence[Record]) -> str:
@@ -200,7 +204,7 @@ def picture(records: Sequence[Record]) -> Any:
             label = method if method == "PLeaS" else "the same units, no regression"
             axes.errorbar(x, y, width, fmt="o-", color=colour, markersize=4, capsize=2, label=label)
         marks = (("average", "v"), ("Re-Basin", "s"), ("activation matching", "D"),
-                 ("ZipIt", "^"), ("ensemble", "*"))  # fmt: skip
+                 ("ZipIt", "^"), ("ensemble", "*"), ("ensemble, new statistics", "P"))  # fmt: skip
         for method, mark in marks:
             x, y, width = points(method)
             axes.errorbar(x, y, width, fmt=mark, color=ORANGE, fillstyle="none", markersize=6,

@@ -319,6 +319,17 @@ def test_cost_is_the_number_of_weights_that_are_not_zero(net):
         assert alignment.cost(symmetries, pair[0], ratios) == pytest.approx(count[0] / count[1])
 
 
+def test_kernels_count_as_often_as_they_are_applied():
+    group = alignment.Symmetries({"h": alignment.Group(4)}, {"a/kernel": (None, "h")})
+    params = {"a/kernel": np.ones((2, 4)), "b/kernel": np.ones((3, 5))}
+    uses = {"a/kernel": 10.0, "b/kernel": 2.0}
+    expected = (10 * 8 * 1.5 + 2 * 15) / (10 * 8 + 2 * 15)
+    assert alignment.cost(group, params, 0.5, uses=uses) == pytest.approx(expected)
+    assert alignment.ratios_for(group, params, expected, uses=uses) == {"h": 0.5}
+    with pytest.raises(mj.MergeError, match="kernel 'b/kernel' is not named"):
+        alignment.cost(group, params, 0.5, uses={"a/kernel": 10.0})
+
+
 @pytest.mark.parametrize("budget", [1.0, 1.2, 1.55, 2.0])
 def test_a_budget_is_met(net, budget):
     _, symmetries, pair, matching, _ = net

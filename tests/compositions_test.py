@@ -18,6 +18,7 @@ SHAPES = {
     "block_0": {"kernel": (4, 8), "bias": (8,)},
     "block_1": {"kernel": (4, 8), "bias": (8,)},
 }
+KERNELS = {f"block_{i}": {"kernel": (4, 8)} for i in range(2)}
 HOSTS = ["task_arithmetic(scaling=0.4)", "ties(density=0.5)", "tsv_merge()"]
 # A modifier, and values with which it does nothing (None where there are none).
 BEFORE = {
@@ -45,8 +46,8 @@ REFINING = {
 NEUTRAL = [text for text in {**BEHIND, **REFINING}.values() if text]
 
 
-def drawn(count):
-    base, experts = trees.models(count, shapes=SHAPES)
+def drawn(count, shapes=SHAPES):
+    base, experts = trees.models(count, shapes=shapes)
     deltas = [jax.tree.map(lambda x, b: x - b, expert, base) for expert in experts]
     return jax.tree.map(np.zeros_like, base), deltas
 
@@ -97,7 +98,7 @@ REDUCING = [n for n in mj.METHODS if mj.chains.reduces(mj.METHODS[n].make())]
 
 @pytest.mark.parametrize("name", REDUCING)
 def test_any_method_takes_modifiers_before_and_behind_it(name):
-    base, experts = drawn(mj.METHODS[name].experts or 3)
+    base, experts = drawn(mj.METHODS[name].experts or 3, KERNELS)
     before, behind = "lines(alpha=0.2, beta=0.8)", "lines(alpha=0.5, beta=0.5)"
     # Random masks depend on the place in the chain.
     options = mj.METHODS[name].neutral if name in ("dare", "della") else {}

@@ -9,7 +9,7 @@ from mergejax.checkpoints.files import Files, ranges
 from mergejax.checkpoints.job import Job, predicted_disk
 from mergejax.checkpoints.request import show_size
 
-_START = 2.5  # seconds to start and compile
+_START = 1.5  # seconds to start and compile
 _PROBE = 2**26  # bytes that are read to learn how quick reading is
 _PASS = 0.9e9  # bytes a second and processor that a pass works through
 

@@ -83,8 +83,8 @@ def plan(
     """The methods of a config with the chains to try for each, and what is left out and why.
 
     Args:
-        config: `methods` (none stands for those with something to search, and the average; 'all'
-            for every registered one that applies), `search` and `data.tasks`.
+        config: `methods` (none stands for `search.USUAL`, 'all' for every registered one that
+            applies), `search` and `data.tasks`.
         procedures: names that stand for more than a chain, and are no part of the plan.
 
     Returns:

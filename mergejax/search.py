@@ -27,6 +27,7 @@ class Recipe(NamedTuple):
     grid: Mapping[str, tuple[Any, ...]]
 
 
+SPECTRAL = (0.3, 0.5, 0.8, 1.0, 1.3, 1.6, 2.0)  # scalings
 RECIPES: dict[str, Recipe] = {
     "linear": Recipe("linear(weights={emphasis})", {EMPHASIS: (0.5, 2.0, 4.0)}),
     "task_arithmetic": Recipe(
@@ -60,9 +61,25 @@ RECIPES: dict[str, Recipe] = {
     "fisher": Recipe("fisher(floor={floor})", {"floor": (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)}),
     "regmean": Recipe("regmean(shrink={shrink})", {"shrink": (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0)}),
     "opcm": Recipe("opcm(alpha={alpha})", {"alpha": (0.3, 0.5, 0.7)}),
+    "consensus": Recipe(
+        "consensus(threshold={threshold}, scaling={scaling})",
+        {
+            "threshold": (0.2, 0.3, 0.4, 0.5, 0.6),
+            "scaling": (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0),
+        },
+    ),
+    **{
+        name: Recipe(f"{name}(scaling={{scaling}})", {"scaling": SPECTRAL})
+        for name in ("tsv_merge", "iso_c", "iso_cts")
+    },
 }
 
 
+# What the main job runs unless it is told.
+USUAL = (
+    *("average", "linear", "task_arithmetic", "ties", "dare", "dare_ties", "lines"),
+    *("lines_multi_task", "slerp", "fisher", "regmean", "opcm"),
+)
 # A few of each kind, for reduced suites: averages and sums, sparse ones, modifiers, spectral ones,
 # and those that read statistics.
 FEW = (
@@ -106,10 +123,10 @@ def applicable(experts: int, everything: bool = False) -> tuple[list[str], list[
     Args:
         experts: how many there are.
         everything: whether all registered methods are meant, with their default values where
-            this file has no recipe; otherwise those with a recipe, and the plain average.
+            this file has no recipe; otherwise those of the main job.
     """
     names, left_out = [], []
-    for name in known() if everything else ["average", *RECIPES]:
+    for name in known() if everything else USUAL:
         entry = registry.METHODS.get(name)
         if entry and entry.experts not in (None, experts):
             why = f"it takes {entry.experts} experts and there are {experts}"

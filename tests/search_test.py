@@ -91,9 +91,9 @@ def test_every_grid_makes_distinct_readable_chains():
             mj.parse(chain)
 
 
-def test_methods_with_a_recipe_apply_unless_their_number_of_experts_differs():
+def test_usual_methods_apply_unless_their_number_of_experts_differs():
     names, left_out = search.applicable(5)
-    assert set(names) == {"average", *search.RECIPES} - {"slerp"}
+    assert set(names) == {*search.USUAL} - {"slerp"}
     assert left_out == ["slerp: left out, it takes 2 experts and there are 5"]
     assert "slerp" in search.applicable(2)[0]
 

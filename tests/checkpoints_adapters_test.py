@@ -41,7 +41,7 @@ def test_an_adapter_is_the_base_and_its_product(rslora, scale, tmp_path):
         np.testing.assert_allclose(found[name], wanted, rtol=1e-5, atol=1e-6, err_msg=name)
     recipe = json.loads((out / "mergejax.json").read_text())["recipe"]
     assert [expert["name"] for expert in recipe["experts"]] == ["lora", "expert0"]
-    assert recipe["experts"][0]["blake3"] != recipe["base"]["blake3"]
+    assert recipe["experts"][0]["xxh3_128"] != recipe["base"]["xxh3_128"]
 
 
 def test_two_adapters_of_one_base_are_no_doubles(tmp_path):

@@ -109,7 +109,7 @@ def test_a_recipe_names_hashes_and_nothing_of_this_machine(tmp_path):
     assert json.loads(metadata["mergejax"]) == stored["recipe"]
     assert stored["recipe"]["method"] == "ties(density=0.4)"
     assert stored["recipe"]["seed"] == 7
-    hashes = [e["blake3"] for e in (stored["recipe"]["base"], *stored["recipe"]["experts"])]
+    hashes = [e["xxh3_128"] for e in (stored["recipe"]["base"], *stored["recipe"]["experts"])]
     assert len({*hashes, stored["result"], output.UNKNOWN}) == 5
     for content in disk_models.snapshot(out).values():
         assert str(tmp_path).encode() not in content
@@ -129,7 +129,7 @@ def test_a_model_has_one_hash_however_it_is_stored(tmp_path):
     result = json.loads((outs[0] / "mergejax.json").read_text())["result"]
     last = mj.merge_checkpoints("average()", None, [outs[0], experts[0]], tmp_path / "last")
     noted = json.loads((last / "mergejax.json").read_text())["recipe"]["experts"][0]
-    assert noted == {"name": "iso_", "blake3": result}
+    assert noted == {"name": "iso_", "xxh3_128": result}
 
 
 def test_side_files_are_copied_and_the_type_in_the_config_follows(tmp_path):

@@ -6,11 +6,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import blake3
 import numpy as np
 from safetensors.numpy import load_file
 
 from mergejax.checkpoints import adapters, folder, output, safetensors, target
+from mergejax.checkpoints.files import HASH, hasher
 from mergejax.checkpoints.folder import ADAPTER, Model
 from mergejax.checkpoints.request import FLOATS, Request
 from mergejax.checkpoints.staging import Staging
@@ -74,7 +74,7 @@ def prepare(request: Request) -> Merge:
     }
     parents = [Model(n, path, {}) for n, path in zip(names, request.experts, strict=True)]
     files[output.CARD] = output.card(parents, recipe).encode()
-    result = blake3.blake3(files[FILE]).hexdigest()
+    result = hasher(files[FILE]).hexdigest()
     files[output.RECIPE] = output.recipe_text(recipe, result).encode()
     sentence = f"{len(merged)} layers of {len(read)} adapters, rank {config['r']}"
     return Merge(files, sentence)
@@ -199,12 +199,12 @@ def _doubles(names: list[str], states: Sequence[Mapping[str, np.ndarray]]) -> li
 
 
 def _recipe(request: Request, names: list[str], dtype: str) -> dict[str, Any]:
-    hashes = [blake3.blake3((path / FILE).read_bytes()).hexdigest() for path in request.experts]
+    hashes = [hasher((path / FILE).read_bytes()).hexdigest() for path in request.experts]
     return {
         "mergejax": __version__,
         "method": str(request.method),
         "experts": [
-            {"name": name, "blake3": digest} for name, digest in zip(names, hashes, strict=True)
+            {"name": name, HASH: digest} for name, digest in zip(names, hashes, strict=True)
         ],
         "dtype": dtype,
     }

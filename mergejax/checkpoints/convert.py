@@ -7,10 +7,9 @@ import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 
-import blake3
 import numpy as np
 
-from mergejax.checkpoints.files import Files, pieces_of
+from mergejax.checkpoints.files import Files, hasher, pieces_of
 from mergejax.checkpoints.folder import CONFIG, Model, open_model
 from mergejax.checkpoints.formats import FILES, lay_out
 from mergejax.checkpoints.safetensors import QUANTIZED, read_header
@@ -100,18 +99,18 @@ def convert(
         with Files() as reader, Files(os.O_RDWR | os.O_CREAT) as writer:
             digests = {}
             for name, tensor in tensors.items():
-                place, done, hasher = files.placed[name], 0, blake3.blake3()
+                place, done, written = files.placed[name], 0, hasher()
                 for piece in pieces_of(tensor.path, tensor.offset, tensor.bytes, reader):
                     writer.write_from(place.path, place.offset + done, piece)
-                    hasher.update(piece)
+                    written.update(piece)
                     done += len(piece)
-                digests[name] = hasher.digest()
+                digests[name] = written.digest()
             files.write(writer)
             for name, place in files.placed.items():
-                hasher = blake3.blake3()
+                found = hasher()
                 for piece in pieces_of(place.path, place.offset, place.bytes, writer):
-                    hasher.update(piece)
-                if hasher.digest() != digests[name]:
+                    found.update(piece)
+                if found.digest() != digests[name]:
                     raise OSError(f"{target} does not hold what was written for '{name}'")
             writer.sync()
         whole_folder = hub or not FILES[chosen]

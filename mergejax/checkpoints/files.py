@@ -9,10 +9,13 @@ from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
+import xxhash
 
 from mergejax.errors import MergeError
 
 CHUNK = 2**23  # elements that have one digest
+HASH = "xxh3_128"  # what files call it; it tells contents apart at the speed of memory
+hasher = xxhash.xxh3_128
 _HELD_OPEN = 256  # files; more are opened for each access, for systems allow a thousand or so
 _ALIGNMENT = 64  # bytes; XLA reads such arrays without copying them first
 
@@ -118,7 +121,8 @@ class Files:
         if held is not None:
             yield held
             return
-        self._others.add(path)
+        with self._lock:
+            self._others.add(path)
         descriptor = self._open_file(path)
         try:
             yield descriptor
@@ -155,9 +159,11 @@ class Files:
 
     def sync(self) -> None:
         """Waits until what was written lies on the disk."""
-        for descriptor in self._open.values():
+        with self._lock:
+            held, others = list(self._open.values()), list(self._others)
+        for descriptor in held:
             os.fsync(descriptor)
-        for path in self._others:
+        for path in others:
             with self._descriptor(path) as descriptor:
                 os.fsync(descriptor)
 

@@ -9,6 +9,7 @@ from typing import Any
 from mergejax import errors
 from mergejax.checkpoints import adapters, compare, folder, hub, output, target, tied, vocabulary
 from mergejax.checkpoints.compare import Finding
+from mergejax.checkpoints.files import HASH
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.request import FLOATS, Request
 from mergejax.checkpoints.safetensors import Tensor
@@ -283,8 +284,8 @@ def make_recipe(
         "jax": jax.__version__,
         "method": text,
         "weights": None if request.weights is None else list(request.weights),
-        "base": None if base is None else {"name": base.name, "blake3": used},
-        "experts": [{"name": expert.name, "blake3": output.UNKNOWN} for expert in experts],
+        "base": None if base is None else {"name": base.name, HASH: used},
+        "experts": [{"name": expert.name, HASH: output.UNKNOWN} for expert in experts],
         "seed": request.seed,
         "dtype": request.dtype,
         "format": request.format,

@@ -1,12 +1,14 @@
 """Merges checkpoints from disk to disk: staged, resumable, verified, the same bytes every time."""
 
+import contextlib
 import copy
 import json
 import os
 import pathlib
 import re
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +26,7 @@ from mergejax.checkpoints.execute import (
     recall,
     verify,
 )
+from mergejax.checkpoints.files import HASH, Files
 from mergejax.checkpoints.folder import Model
 from mergejax.checkpoints.job import Job, prepare
 from mergejax.checkpoints.pieces import Runner, Work
@@ -32,6 +35,8 @@ from mergejax.checkpoints.staging import Staging
 from mergejax.checkpoints.works import make_works, memory_problems, part_memory, threads
 from mergejax.progress import Reporter, Silent
 from mergejax.randomness import name_key
+
+_SYNC = 0.1  # seconds between two times that what was written is put on the disk
 
 
 def merge_checkpoints(
@@ -149,14 +154,12 @@ def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:
     try:
         several = f"{passes} passes" if passes > 1 else "1 pass"
         title = f"{several} over {len(works)} tensors, {show_size(total)}"
-        with reporter.progress(title, passes * len(parts_of(works))) as advance:
-            execute(job.plan, works, runner, staging, memory, count, advance)
-        recipe = _with_hashes(job, works, memory.digests)
-        output.write_headers(job.files, staging.files, recipe, runner.outputs)
-        with ThreadPoolExecutor(1) as pool:
-            synced = pool.submit(runner.outputs.sync)
+        with _synced(runner.outputs):
+            with reporter.progress(title, passes * len(parts_of(works))) as advance:
+                execute(job.plan, works, runner, staging, memory, count, advance)
+            recipe = _with_hashes(job, works, memory.digests)
+            output.write_headers(job.files, staging.files, recipe, runner.outputs)
             verify(works, runner, memory, count)
-            synced.result()
     finally:
         runner.close()
     result = _result_hash(works, memory.done)
@@ -168,6 +171,25 @@ def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:
         f"{job.request.out}: {len(works)} tensors of {len(job.experts)} experts in "
         f"{seconds:.1f} s, {moved / 1e9 / seconds:.1f} GB/s"
     )
+
+
+@contextlib.contextmanager
+def _synced(outputs: Files) -> Iterator[None]:
+    """Has files put on the disk while they are written, and waits for the rest of them."""
+    written = threading.Event()
+
+    def sync() -> None:
+        while not written.wait(_SYNC):
+            outputs.sync()
+        outputs.sync()
+
+    with ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(sync)
+        try:
+            yield
+        finally:
+            written.set()
+        synced.result()
 
 
 def _identity(job: Job) -> dict[str, Any]:
@@ -199,7 +221,7 @@ def _with_hashes(
             ]
             for work in merged
         }
-        entry["blake3"] = output.content_hash(
+        entry[HASH] = output.content_hash(
             {name: model.tensors[name] for name in chunks}, chunks
         )
     return recipe
@@ -243,6 +265,6 @@ def _is_done(job: Job) -> bool:
 
 def _alike(stored: Any, recipe: Mapping[str, Any]) -> bool:
     """Whether two recipes are the same but for their hashes."""
-    blank = re.compile(r'"[0-9a-f]{64}"')
+    blank = re.compile(r'"[0-9a-f]{32}"')
     texts = [blank.sub('"?"', json.dumps(r, sort_keys=True)) for r in (stored, recipe)]
     return texts[0] == texts[1]

@@ -7,17 +7,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import blake3
 import numpy as np
 
 from mergejax.checkpoints import formats, safetensors
-from mergejax.checkpoints.files import Files
+from mergejax.checkpoints.files import Files, hasher
 from mergejax.checkpoints.folder import CONFIG, INDEX, SINGLE, Model, read_json
 from mergejax.checkpoints.safetensors import Tensor
 
 RECIPE = "mergejax.json"
 CARD = "README.md"
-UNKNOWN = "0" * 64  # stands for a hash that is not known yet, in the space that is kept for it
+UNKNOWN = "0" * 32  # stands for a hash that is not known yet, in the space that is kept for it
 
 
 def shards(
@@ -96,14 +95,14 @@ def content_hash(tensors: Mapping[str, Tensor], digests: Mapping[str, Sequence[s
 
     Args:
         tensors: by name.
-        digests: BLAKE3 of every 2^23 elements of each tensor, in hexadecimal.
+        digests: `HASH` of every 2^23 elements of each tensor, in hexadecimal.
     """
-    hasher = blake3.blake3()
+    found = hasher()
     for name in sorted(tensors):
         tensor = tensors[name]
         line = [name, safetensors.CODES[tensor.dtype], list(tensor.shape), list(digests[name])]
-        hasher.update(json.dumps(line).encode() + b"\n")
-    return hasher.hexdigest()
+        found.update(json.dumps(line).encode() + b"\n")
+    return found.hexdigest()
 
 
 def write_headers(

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import blake3
 import jax
 import numpy as np
 
@@ -160,8 +159,8 @@ def start_of(index: int) -> np.ndarray:
 def _feed(hashers: dict, model: int, start: int, x: np.ndarray) -> None:
     """Hashes elements of a model's leaf, chunk by chunk."""
     for first, last in ranges(0, x.size, CHUNK):
-        hasher = hashers.setdefault((model, (start + first) // CHUNK), blake3.blake3())
-        hasher.update(x[first:last].view(np.uint8).data)
+        own = hashers.setdefault((model, (start + first) // CHUNK), files.hasher())
+        own.update(x[first:last].view(np.uint8).data)
 
 
 def _digests(hashers: dict, model: int) -> list[str]:
@@ -335,7 +334,7 @@ class Runner:
         return [self._hash(section(t, *chunk)) for t in work.targets for chunk in chunks]
 
     def _hash(self, tensor: Tensor) -> str:
-        hasher = blake3.blake3()
+        hasher = files.hasher()
         for start, stop in ranges(0, tensor.bytes, 2**20):
             buffer = self._buffers.take("hash", stop - start)
             self.outputs.read_into(tensor.path, tensor.offset + start, buffer)

@@ -30,7 +30,7 @@ from mergejax.step import Due
 
 _OUTPUT = -1  # stands for the merged model where models are counted
 PIECE = 2**20  # elements that are merged at once; starting a program takes as long as 2^17 of them
-MEASURED = 2**18  # elements that are measured at once; sums of floats depend on it
+MEASURED = 2**19  # elements that are measured at once; sums of floats depend on it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import shutil
 
 import disk_models
 import pytest
+from checkpoints_adapters_test import adapter
 from convert_test import assert_same, read
 
 import mergejax as mj
@@ -46,6 +47,17 @@ def test_models_in_the_cache_are_merged_by_their_names(cache, tmp_path):
     by_name = mj.merge_checkpoints("ties()", names[0], names[1:], tmp_path / "b")
     assert disk_models.snapshot(by_name) == disk_models.snapshot(by_path)
     assert_same(read("owner/base"), read(folders[0]))
+
+
+def test_adapters_in_the_cache_are_merged_without_their_base(cache, tmp_path):
+    (tmp_path / "local").mkdir()
+    for seed in (0, 1):
+        adapter(tmp_path / "local" / f"lora{seed}", seed)
+        put(cache, f"owner/lora{seed}", tmp_path / "local" / f"lora{seed}")
+    paths = [tmp_path / "local" / "lora0", tmp_path / "local" / "lora1"]
+    by_path = mj.merge_checkpoints("svd(rank=2)", None, paths, tmp_path / "a")
+    by_name = mj.merge_checkpoints("svd(rank=2)", None, ["owner/lora0", paths[1]], tmp_path / "b")
+    assert disk_models.snapshot(by_name) == disk_models.snapshot(by_path)
 
 
 def test_a_missing_folder_is_said_to_be_one(cache, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from mergejax.checkpoints import adapters, folder, output, safetensors, target
+from mergejax.checkpoints import adapters, folder, hub, output, safetensors, target
 from mergejax.checkpoints.files import HASH, hasher
 from mergejax.checkpoints.folder import ADAPTER, Model
 from mergejax.checkpoints.request import FLOATS, Request
@@ -33,7 +33,16 @@ class Merge:
 
 def applies(request: Request) -> bool:
     """Whether all that is to be merged are adapters, and no base is given."""
-    return request.base is None and all(adapters.is_adapter(path) for path in request.experts)
+    try:
+        paths = [] if request.base is not None else _places(request)
+    except MergeError:
+        return False  # which models are missing is told where models are opened
+    return bool(paths) and all(map(adapters.is_adapter, paths))
+
+
+def _places(request: Request) -> list[pathlib.Path]:
+    """Where the experts lie, also those that were given by their names on the Hub."""
+    return [hub.find(path) for path in request.experts]
 
 
 def prepare(request: Request) -> Merge:
@@ -55,6 +64,7 @@ def prepare(request: Request) -> Merge:
 
     problems = _option_problems(request)
     names = folder.distinct_names(list(request.experts))
+    request = dataclasses.replace(request, experts=tuple(_places(request)))
     read: list[Any] = [problems.attempt(_read, path) for path in request.experts]
     raise_all(problems.lines)
     configs = [config for config, _ in read]
@@ -95,7 +105,7 @@ def run(request: Request, reporter: Reporter) -> None:
             return
         raise_all(problems)
     with Staging(out) as staging:
-        staging.resume({"adapters": [str(path.resolve()) for path in request.experts]})
+        staging.resume({"adapters": [str(path.resolve()) for path in _places(request)]})
         for name, content in merge.files.items():
             (staging.files / name).write_bytes(content)
         staging.publish()

@@ -221,9 +221,7 @@ def _with_hashes(
             ]
             for work in merged
         }
-        entry[HASH] = output.content_hash(
-            {name: model.tensors[name] for name in chunks}, chunks
-        )
+        entry[HASH] = output.content_hash({name: model.tensors[name] for name in chunks}, chunks)
     return recipe
 
 

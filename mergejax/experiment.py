@@ -182,9 +182,9 @@ def _pictures(job: Job, trained: train.Trained, results: Mapping[str, Any]) -> d
             plots.deltas(list(job.tasks), cosines, signs),
         ),
     }
-    if results["sweep"]:
-        title = "Validation accuracy of TIES over density and scaling"
-        drawn["ties_sweep.png"] = (title, plots.sweep(results["sweep"]))
+    for name, table in results["sweeps"].items():
+        title = f"Validation accuracy of {name} over {table['rows'][0]} and {table['columns'][0]}"
+        drawn[f"{name}_sweep.png"] = (title, plots.sweep(name, table))
     for name, (_, figure) in drawn.items():
         content = io.BytesIO()
         figure.savefig(content, format="png")

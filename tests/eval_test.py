@@ -289,9 +289,11 @@ def searched():
 
 
 def test_the_sweep_is_laid_out_by_density_and_scaling(records):
-    sweep = report.summarise({**records, "ties": searched()}, TASKS, True)["sweep"]
-    assert sweep["densities"] == [0.2, 0.5]
-    assert sweep["scalings"] == [0.5, 1.0, 2.0]
+    sweeps = report.summarise({**records, "ties": searched()}, TASKS, True)["sweeps"]
+    assert list(sweeps) == ["ties"]
+    sweep = sweeps["ties"]
+    assert sweep["rows"] == ["density", [0.2, 0.5]]
+    assert sweep["columns"] == ["scaling", [0.5, 1.0, 2.0]]
     np.testing.assert_allclose(sweep["validation"], [[0.05, 0.1, 0.2], [0.125, 0.25, 0.5]])
 
 
@@ -303,7 +305,7 @@ def test_results_are_json_and_every_picture_is_drawn(records):
         plots.accuracies(results),
         plots.means(results),
         plots.deltas(["x", "y"], cosines, signs),
-        plots.sweep(results["sweep"]),
+        plots.sweep("ties", results["sweeps"]["ties"]),
     ]
     for figure in drawn:
         content = io.BytesIO()

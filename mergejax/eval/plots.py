@@ -181,11 +181,12 @@ def deltas(names: Sequence[str], cosines: np.ndarray, signs: np.ndarray) -> figu
     return canvas
 
 
-def sweep(found: Mapping[str, Any]) -> figure.Figure:
-    """Mean validation accuracy of TIES over density and scaling, all from one program.
+def sweep(method: str, found: Mapping[str, Any]) -> figure.Figure:
+    """Mean validation accuracy of a method over two of its numbers, all from one program.
 
     Args:
-        found: `sweep` of what `report.summarise` returned.
+        method: its name.
+        found: its table of `sweeps.tables`.
     """
     table = 100 * np.array(found["validation"])
     rows, columns = table.shape
@@ -200,13 +201,13 @@ def sweep(found: Mapping[str, Any]) -> figure.Figure:
         column, row, "s", markersize=24, markerfacecolor="none", markeredgecolor=ORANGE,
         markeredgewidth=2.2,
     )  # fmt: skip
-    axes.set_xticks(range(columns), [f"{x:g}" for x in found["scalings"]], fontsize=8)
-    axes.set_yticks(range(rows), [f"{x:g}" for x in found["densities"]], fontsize=8)
-    axes.set_xlabel("scaling λ", fontsize=9)
-    axes.set_ylabel("density", fontsize=9)
+    axes.set_xticks(range(columns), [f"{x:g}" for x in found["columns"][1]], fontsize=8)
+    axes.set_yticks(range(rows), [f"{x:g}" for x in found["rows"][1]], fontsize=8)
+    axes.set_xlabel(found["columns"][0], fontsize=9)
+    axes.set_ylabel(found["rows"][0], fontsize=9)
     programs = "one program" if found["programs"] == 1 else f"{found['programs']} programs"
     axes.set_title(
-        f"TIES, {table.size} settings in {programs}:\n"
+        f"{method.replace('_', ' ')}, {table.size} settings in {programs}:\n"
         f"{found['compile_seconds']:.1f} s to compile, {found['seconds']:.1f} s to run",
         fontsize=9,
     )

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from mergejax import language
-from mergejax.core import Stage
-from mergejax.eval import metrics, orders
+from mergejax.eval import metrics, orders, sweeps
 
 Record = Mapping[str, Any]
 OWN = "experts on their own tasks"
@@ -47,8 +46,8 @@ def summarise(
 
     Returns:
         `tasks`, `models` (a row each, merges in the order of their validation accuracy), `verdict`,
-        `sweep` (the search of 'ties', or None) and `orders` (see `orders.leads`); accuracies are
-        shares of 1.
+        `sweeps` (see `sweeps.tables`) and `orders` (see `orders.leads`); accuracies are shares
+        of 1.
     """
     right = {name: _right(record, tasks) for name, record in records.items()}
     of_task = {r["task"]: name for name, r in records.items() if r["kind"] == "expert"}
@@ -64,7 +63,7 @@ def summarise(
         "scans_shared_by_tasks": shared,
         "models": rows,
         "verdict": _verdict(merges, base, right, shared),
-        "sweep": _sweep(records.get("ties")),
+        "sweeps": sweeps.tables(records),
         "orders": orders.leads({row["name"]: right[row["name"]] for row in merges}, shared),
     }
 
@@ -199,27 +198,3 @@ def interval(estimate: Mapping[str, float]) -> str:
     """
     value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _sweep(record: Record | None) -> dict[str, Any] | None:
-    """The grid of the search of TIES: mean validation accuracies [density, scaling]."""
-    if record is None or not record.get("search"):
-        return None
-    points: list[dict[str, Any]] = []
-    for chain in record["settings"]:
-        (stage,) = language.parse(chain).items
-        assert isinstance(stage, Stage)
-        points.append(stage.arguments)
-    densities = sorted({point["density"] for point in points})
-    scalings = sorted({point["scaling"] for point in points})
-    means = np.mean(record["search"]["validation"], axis=1)
-    table = np.full([len(densities), len(scalings)], np.nan)
-    for point, mean in zip(points, means, strict=True):
-        table[densities.index(point["density"]), scalings.index(point["scaling"])] = mean
-    return {
-        "densities": densities,
-        "scalings": scalings,
-        "validation": table.tolist(),
-        "chosen": record["chain"],
-        **{key: record["search"][key] for key in ("programs", "compile_seconds", "seconds")},
-    }

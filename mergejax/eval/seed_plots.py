@@ -35,9 +35,9 @@ def draw(
     if summary["scaling"]:
         drawn["scaling.png"] = ("From few experts to many", scaling(summary["scaling"]))
     seed, first = next(iter(found.items()))
-    if first["sweep"]:
-        title = f"TIES on validation examples, seed {seed}"
-        drawn["ties_sweep.png"] = (title, plots.sweep(first["sweep"]))
+    for name, table in first["sweeps"].items():
+        title = f"{name.replace('_', ' ')} on validation examples, seed {seed}"
+        drawn[f"{name}_sweep.png"] = (title, plots.sweep(name, table))
     drawn["conflict.png"] = ("Where the experts disagree", conflict(summary["conflict"]))
     return drawn
 
@@ -139,7 +139,7 @@ def pareto(merges: Sequence[Row]) -> figure.Figure:
     axes.plot([seconds[i] for i in best], [means[i] for i in best], "o-", color=plots.ORANGE,
               markersize=6, linewidth=1.2, zorder=3)  # fmt: skip
     for i in best:
-        axes.annotate(label(merges[i]), (seconds[i], means[i]), (4, 5), fontsize=8,
+        axes.annotate(label(merges[i]), (seconds[i], means[i]), (7, -9), fontsize=8,
                       textcoords="offset points")  # fmt: skip
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))

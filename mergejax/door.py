@@ -168,7 +168,7 @@ def check_statistics(
     for info in infos:
         for need, several in known.get(info.name, {}).items():
             wanted = _shape_of(need, info)
-            shapes = {tuple(x.shape) for x in several} - {wanted}
+            shapes = {_of_one_group(need, info, tuple(x.shape)) for x in several} - {wanted}
             if wanted is not None and shapes:
                 problems.append(
                     f"statistic '{need}' of leaf '{info.name}' has shape {shapes.pop()}, expected "
@@ -204,6 +204,16 @@ def _shape_of(need: str, info: LeafInfo) -> tuple[int, ...] | None:
         size = math.prod(n for n, axis in zip(axes, info.layout, strict=True) if axis in side)
         return (*stacked, times * size + ones, times * size + ones)
     return None
+
+
+def _of_one_group(need: str, info: LeafInfo, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the axis of a grouped convolution's groups, each of which has some of its outputs."""
+    first = 0 if info.layers is None else 1
+    if need not in ("gram", "affine_gram") or len(shape) != first + 3 or "w" not in info.layout:
+        return shape
+    axes = info.shape[first:]
+    outputs = axes[info.layout.index("o")]
+    return shape[:first] + shape[first + 1 :] if outputs % shape[first] == 0 else shape
 
 
 def _any_negative(several: Sequence[Any]) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mergejax.collect import layers
 from mergejax.collect.gram import GRAM, whole
-from mergejax.collect.rows import input_rows
+from mergejax.collect.rows import groups_of, input_rows
 from mergejax.collect.statistics import Statistics, means
 from mergejax.collect.streaming import Mask, Progress
 
@@ -44,9 +44,12 @@ def affine_gram(
 
 
 def affine_rows(layer: Any, inputs: jax.Array) -> jax.Array:
-    """Rows [..., in + 1] of a layer's inputs and a one."""
+    """Rows [..., in + 1] of a layer's inputs and a one, of each group of a convolution."""
     rows = input_rows(layer, inputs)
-    return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
+    groups = rows.reshape(*rows.shape[:-1], groups_of(layer), -1)
+    return jnp.concatenate([groups, jnp.ones_like(groups[..., :1])], axis=-1).reshape(
+        *rows.shape[:-1], -1
+    )
 
 
 MEASUREMENT = GRAM._replace(caller="affine_gram", view=affine_rows)

@@ -10,7 +10,7 @@ from jax import lax
 
 from mergejax.collect import layers
 from mergejax.collect.layers import Measurement, RowMask, Rows, Sums
-from mergejax.collect.rows import KERNELS, input_rows, refusal
+from mergejax.collect.rows import KERNELS, groups_of, input_rows, several_kernels
 from mergejax.collect.statistics import Statistics, means
 from mergejax.collect.streaming import Mask, Progress
 
@@ -32,7 +32,8 @@ def gram(
     batches, w_r = 1 without a mask; x_r is a row of the canonical view in which the kernel is a
     matrix [in, out]: the contracted axes of DenseGeneral flattened in order, the patches of a
     convolution with the channel first (`mergejax.leaves.as_matrix`). The sums are float32 at the
-    highest matmul precision. A layer that is called several times sums over its calls; stacked
+    highest matmul precision. A grouped convolution has a matrix for each group, [groups, in, in],
+    and is merged group by group. A layer that is called several times sums over its calls; stacked
     layers (nn.scan with variable_axes {'intermediates': 0}, nnx.scan) give [layers, in, in].
 
     Tapped are Dense, DenseGeneral and Conv of linen, Linear, LinearGeneral and Conv of NNX, so
@@ -68,8 +69,8 @@ def gram(
     Raises:
         MergeError: no batch; a layer with an input that is not finite; a kernel that got no Gram
             matrix and is not excluded (its layer was not called or is of another kind); a mask
-            that does not fit; a grouped convolution that is not excluded; a pattern that matches
-            no leaf.
+            that does not fit; a DenseGeneral with batch axes that is not excluded; a pattern that
+            matches no leaf.
 
     Example:
         >>> import flax.linen as nn
@@ -142,6 +143,17 @@ def products(rows: Rows) -> tuple[jax.Array, ...]:
     )
 
 
+def products_of_groups(layer: Any, rows: Rows) -> tuple[jax.Array, ...]:
+    """`products`, of a grouped convolution with the groups' axis in front."""
+    groups = groups_of(layer)
+    if groups == 1:
+        return products(rows)
+    values, weighted = (
+        jnp.moveaxis(x.reshape(len(x), groups, -1), 1, 0) for x in (rows.values, rows.weighted)
+    )
+    return jax.vmap(lambda x, y: products(Rows(x, y, rows.weight)))(values, weighted)
+
+
 def whole(blocks: tuple[jax.Array, ...]) -> jax.Array:
     """The symmetric matrix [..., features, features] of what `products` made or of their sums."""
     rows = []
@@ -155,4 +167,4 @@ def whole(blocks: tuple[jax.Array, ...]) -> jax.Array:
 
 
 NARROWEST, MOST = 192, 8  # blocks: narrower ones are slow, more of them save nothing
-GRAM = Measurement("gram", KERNELS, input_rows, lambda layer, rows: products(rows), refusal)
+GRAM = Measurement("gram", KERNELS, input_rows, products_of_groups, several_kernels)

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 
 from mergejax.collect import layers
 from mergejax.collect.layers import Measurement, Rows
-from mergejax.collect.rows import BATCH_NORMS, EMBEDDINGS, KERNELS, NORMS, input_rows, refusal
+from mergejax.collect.rows import (
+    BATCH_NORMS,
+    EMBEDDINGS,
+    KERNELS,
+    NORMS,
+    input_rows,
+    several_kernels,
+)
 from mergejax.collect.statistics import Statistics, means
 from mergejax.collect.streaming import Mask, Progress
 
@@ -26,8 +33,9 @@ def moments(
 
     .. math:: m=\sum_rw_rx_r\,/\,\sum_rw_r,\qquad s=\sum_rw_rx_r^2\,/\,\sum_rw_r
 
-    over the rows that `gram` sees, also of LayerNorm, RMSNorm and BatchNorm, whose inputs are taken
-    before they are normalised: s − m² is the variance that BatchNorm would measure.
+    over the rows that `gram` sees (of a grouped convolution the groups one after the other), also
+    of LayerNorm, RMSNorm and BatchNorm, whose inputs are taken before they are normalised: s − m²
+    is the variance that BatchNorm would measure.
 
     Args:
         model: as for `gram`.
@@ -113,5 +121,6 @@ def _shares(layer: Any, rows: Rows) -> jax.Array:
     return jnp.zeros(layer.num_embeddings, jnp.float32).at[tokens].add(rows.weighted[:, 1])
 
 
-MOMENTS = Measurement("moments", KERNELS + NORMS + BATCH_NORMS, _features, _moments, refusal)
+LAYERS = KERNELS + NORMS + BATCH_NORMS
+MOMENTS = Measurement("moments", LAYERS, _features, _moments, several_kernels)
 TOKENS = Measurement("token_share", EMBEDDINGS, _tokens, _shares, complete=False)

@@ -25,10 +25,20 @@ def leaf_of(layer: Any) -> str | None:
     return "embedding" if isinstance(layer, EMBEDDINGS) else "kernel"
 
 
+def groups_of(layer: Any) -> int:
+    """The groups of a convolution, whose rows are the inputs of the groups one after the other."""
+    return layer.feature_group_count if isinstance(layer, CONVOLUTION) else 1
+
+
 def refusal(layer: Any) -> str | None:
-    """Why one Gram matrix cannot stand for the layer, if it cannot."""
-    if isinstance(layer, CONVOLUTION) and layer.feature_group_count != 1:
-        return f"is a grouped convolution ({layer.feature_group_count} groups)"
+    """Why one matrix cannot stand for the layer, if it cannot."""
+    if groups_of(layer) != 1:
+        return f"is a grouped convolution ({groups_of(layer)} groups)"
+    return several_kernels(layer)
+
+
+def several_kernels(layer: Any) -> str | None:
+    """Why not even one matrix for each group can stand for the layer, if it cannot."""
     batch_axes = getattr(layer, "batch_dims", None) or getattr(layer, "batch_axis", None)
     if isinstance(layer, GENERAL) and batch_axes:
         return "has one kernel per entry of a batch axis"
@@ -37,6 +47,8 @@ def refusal(layer: Any) -> str | None:
 
 def input_rows(layer: Any, inputs: jax.Array) -> jax.Array:
     """Rows [..., in] so that rows @ kernel-as-matrix is the layer's output without bias.
+
+    Those of a grouped convolution are [..., groups · in].
 
     Dense: the inputs. DenseGeneral: the contracted axes, flattened in order. Conv: the patches
     under the kernel, channel first, the order of `mergejax.leaves.as_matrix`.

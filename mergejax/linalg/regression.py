@@ -23,6 +23,46 @@ def on_layers(function, layout: str, *kernels: Array) -> Array:
     return views[0][1](function(*(matrix for matrix, _ in views)))
 
 
+def on_groups(function, layout: str, kernels: Sequence[Array], grams: Sequence[Array]) -> Any:
+    """Applies a function of matrices [in, out] and their Gram matrices to kernels in any layout.
+
+    A grouped convolution has a Gram matrix for each group, [groups, in, in], and its outputs are
+    those of the groups one after the other: to the function each group is a layer of its own.
+
+    Args:
+        function: (matrices, grams) -> a matrix [in, out], or a tree of them.
+        layout: of the kernels.
+        kernels: in that layout.
+        grams: [in, in] or [groups, in, in].
+
+    Returns:
+        What the function gives, its matrices as kernels.
+
+    Example:
+        >>> kernel, grams = jnp.ones((1, 1, 1, 2)), [jnp.asarray([[[2.0]], [[3.0]]])]
+        >>> on_groups(lambda ws, gs: gs[0] @ ws[0], 'hwio', [kernel], grams).ravel().tolist()
+        [2.0, 3.0]
+    """
+    views = [as_matrix(kernel, layout) for kernel in kernels]
+    found = by_groups(function, [matrix for matrix, _ in views], grams)
+    return jax.tree.map(views[0][1], found)
+
+
+def by_groups(function, matrices: Sequence[Array], grams: Sequence[Array]) -> Any:
+    """`on_groups` for matrices [in, out] in place of kernels.
+
+    Example:
+        >>> ws, gs = [jnp.ones((1, 4))], [jnp.asarray([[[2.0]], [[3.0]]])]
+        >>> by_groups(lambda ws, gs: gs[0] @ ws[0], ws, gs).tolist()
+        [[2.0, 2.0, 3.0, 3.0]]
+    """
+    if grams[0].ndim == 2:
+        return function(list(matrices), list(grams))
+    apart = [jnp.moveaxis(m.reshape(len(m), len(grams[0]), -1), 1, 0) for m in matrices]
+    found = jax.vmap(function)(apart, list(grams))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1), found)
+
+
 @highest()
 def regress(
     targets: Sequence[Array], grams: Sequence[Array], reference: Array, ridge: Array | float = 0.0

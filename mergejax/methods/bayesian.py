@@ -3,7 +3,7 @@
 from mergejax.chains import by_role, by_stats, chain
 from mergejax.core import method, refine
 from mergejax.hyper import NonNegative, Positive, Scaling
-from mergejax.linalg.regression import on_layers, regress, unit_gram
+from mergejax.linalg.regression import on_groups, on_layers, regress, unit_gram
 from mergejax.linalg.spectral import highest
 from mergejax.methods.combine import scale, total
 
@@ -28,9 +28,12 @@ def anchored_solve(ridge: NonNegative = 1.0):
     """
 
     def apply(merged, ds, leaf, seen):
-        grams = [unit_gram(gram.astype(merged.dtype)) for gram in leaf.stats["gram"]]
-        solve = lambda anchor, *taus: regress(taus, grams, anchor, ridge)
-        return on_layers(solve, leaf.layout, merged, *ds)
+        def solve(matrices, grams):
+            anchor, *taus = matrices
+            return regress(taus, [unit_gram(gram) for gram in grams], anchor, ridge)
+
+        grams = [gram.astype(merged.dtype) for gram in leaf.stats["gram"]]
+        return on_groups(solve, leaf.layout, [merged, *ds], grams)
 
     return apply
 

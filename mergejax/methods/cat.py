@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mergejax.chains import by_role, by_stats, chain
 from mergejax.core import Array, joint, method
 from mergejax.hyper import Fraction, Least, NonNegative, Scaling, Whole
-from mergejax.leaves import as_matrix
+from mergejax.linalg.regression import on_groups
 from mergejax.linalg.spectral import highest
 from mergejax.methods.combine import scale, total
 
@@ -39,22 +39,28 @@ def project_conflicts(
 
     @highest()
     def apply(ds, leaf, seen):
-        views = [as_matrix(d, leaf.layout) for d in ds]
-        taus = [matrix for matrix, _ in views]
-        grams = [gram.astype(ds[0].dtype) for gram in leaf.stats["gram"]]
         if len(ds) == 1 or directions == 0:
             return ds
-        bases = [
-            _conflicting(_disturbance(taus, grams, k, penalty), directions, energy)
-            for k in range(len(ds))
-        ]
-        for i in range(len(ds)):
-            for basis in (b for k, b in enumerate(bases) if k != i):
-                trimmed = taus[i] - (taus[i] @ basis) @ basis.T
-                taus[i] = _with_norm_of(taus[i], trimmed)
-        return [restore(tau) for tau, (_, restore) in zip(taus, views, strict=True)]
+        trim = lambda taus, grams: _trimmed(taus, grams, directions, penalty, energy)
+        grams = [gram.astype(ds[0].dtype) for gram in leaf.stats["gram"]]
+        return on_groups(trim, leaf.layout, ds, grams)
 
     return apply
+
+
+def _trimmed(
+    taus: list[Array], grams: list[Array], directions: Directions, penalty: Array, energy: Array
+) -> list[Array]:
+    """Every delta without what disturbs the others."""
+    bases = [
+        _conflicting(_disturbance(taus, grams, k, penalty), directions, energy)
+        for k in range(len(taus))
+    ]
+    for i in range(len(taus)):
+        for basis in (b for k, b in enumerate(bases) if k != i):
+            trimmed = taus[i] - (taus[i] @ basis) @ basis.T
+            taus[i] = _with_norm_of(taus[i], trimmed)
+    return taus
 
 
 def _disturbance(taus: list[Array], grams: list[Array], protected: int, penalty: Array) -> Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from mergejax.chains import by_stats, chain
 from mergejax.core import method, reduce
 from mergejax.hyper import NonNegatives, Scaling
-from mergejax.linalg.regression import on_layers, regress
+from mergejax.linalg.regression import on_groups, regress
 from mergejax.methods.combine import mean, scale
 from mergejax.methods.elect import per_expert
 
@@ -34,8 +34,8 @@ def least_drift(weights: NonNegatives = 1.0):
     def apply(ds, leaf, seen):
         several = zip(per_expert(weights, len(ds)), leaf.stats["gram"], strict=True)
         grams = [w * gram.astype(ds[0].dtype) for w, gram in several]
-        solve = lambda *taus: regress(taus, grams, jnp.zeros_like(taus[0]))
-        return on_layers(solve, leaf.layout, *ds)
+        solve = lambda taus, grams: regress(taus, grams, jnp.zeros_like(taus[0]))
+        return on_groups(solve, leaf.layout, ds, grams)
 
     return apply
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from mergejax.chains import by_stats, chain
 from mergejax.core import method, refine
 from mergejax.hyper import Fraction, NonNegative, Scaling, Weights, Whole
-from mergejax.linalg.regression import conjugate_gradients, on_layers, shrunk
+from mergejax.linalg.regression import conjugate_gradients, on_groups, on_layers, shrunk
 from mergejax.methods.combine import mean, scale, total
 
 
@@ -34,13 +34,14 @@ def match_inputs(steps: Whole = 100, shrink: Fraction = 1.0, tolerance: NonNegat
     """
 
     def apply(merged, ds, leaf, seen):
-        grams = [shrunk(g.astype(merged.dtype), shrink) for g in leaf.stats["gram"]]
-        operators = [lambda x, g=g: g @ x for g in grams]
-
-        def solve(start, *taus):
+        def solve(matrices, grams):
+            start, *taus = matrices
+            grams = [shrunk(gram, shrink) for gram in grams]
+            operators = [lambda x, g=gram: g @ x for gram in grams]
             return _solved(start, taus, operators, steps, tolerance)
 
-        return on_layers(solve, leaf.layout, merged, *ds)
+        grams = [gram.astype(merged.dtype) for gram in leaf.stats["gram"]]
+        return on_groups(solve, leaf.layout, [merged, *ds], grams)
 
     return apply
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from mergejax.chains import by_stats, chain
 from mergejax.core import method, reduce
 from mergejax.hyper import Fraction, NonNegatives
-from mergejax.leaves import as_matrix
-from mergejax.linalg.regression import on_layers, regress, shrunk
+from mergejax.linalg.regression import on_groups, regress, shrunk
 from mergejax.linalg.spectral import highest
 from mergejax.methods.combine import mean
 from mergejax.methods.elect import per_expert
@@ -30,8 +29,8 @@ def gram_solve(shrink: Fraction = 0.9, weights: NonNegatives = 1.0):
     """
 
     def apply(ds, leaf, seen):
-        grams = [shrunk(gram.astype(ds[0].dtype), shrink) for gram in leaf.stats["gram"]]
-        return _regressed(ds, leaf.layout, grams, per_expert(weights, len(ds)))
+        shrink_one = lambda gram, rows: shrunk(gram, shrink)
+        return _regressed(ds, leaf, "gram", shrink_one, per_expert(weights, len(ds)))
 
     return apply
 
@@ -53,13 +52,9 @@ def affine_solve(shrink: Fraction = 0.9, weights: NonNegatives = 1.0):
     """
 
     def apply(ds, leaf, seen):
-        matrix = as_matrix(ds[0], leaf.layout)[0]
-        grams = [
-            # A layer without a bias has no last row.
-            affine_shrunk(g.astype(ds[0].dtype), shrink)[: len(matrix), : len(matrix)]
-            for g in leaf.stats["affine_gram"]
-        ]
-        return _regressed(ds, leaf.layout, grams, per_expert(weights, len(ds)))
+        # A layer without a bias has no last row.
+        shrink_one = lambda gram, rows: affine_shrunk(gram, shrink)[:rows, :rows]
+        return _regressed(ds, leaf, "affine_gram", shrink_one, per_expert(weights, len(ds)))
 
     return apply
 
@@ -73,14 +68,14 @@ def affine_shrunk(gram, alpha):
     return jnp.block([[inputs, mean], [gram[-1:]]])
 
 
-def _regressed(ds, layout, grams, weights):
-    grams = [w * gram for w, gram in zip(weights, grams, strict=True)]
-
-    def merge(*experts):
+def _regressed(ds, leaf, need, shrink_one, weights):
+    def merge(experts, grams):
+        rows = len(experts[0])
+        grams = [w * shrink_one(gram, rows) for w, gram in zip(weights, grams, strict=True)]
         middle = experts[0] + sum(w - experts[0] for w in experts) / len(experts)
         return regress(experts, grams, middle)
 
-    return on_layers(merge, layout, *ds)
+    return on_groups(merge, leaf.layout, ds, [g.astype(ds[0].dtype) for g in leaf.stats[need]])
 
 
 @method

@@ -12,6 +12,7 @@ from mergejax.core import Array
 from mergejax.door import Tree, check_alike, check_statistics, leaves_by_name, statistics_by_leaf
 from mergejax.errors import MergeError, raise_all
 from mergejax.leaves import LeafInfo, as_matrix, describe
+from mergejax.linalg.regression import by_groups
 from mergejax.quantize.grid import Form, Range
 from mergejax.quantize.solve import Codes, Settings, corrected, nearest, relaxed, values_of
 
@@ -121,7 +122,11 @@ def gptq(
     def quantize(name: str, kernel: Array) -> Codes:
         if name not in grams:
             return nearest(kernel, settings)
-        return corrected(kernel, grams[name][0], settings, jnp.float32(damping))
+        return by_groups(
+            lambda ws, gs: corrected(ws[0], gs[0], settings, jnp.float32(damping)),
+            [kernel],
+            grams[name],
+        )
 
     return _model(params, settings, exclude, layout, quantize)
 
@@ -183,12 +188,15 @@ def expert_guided(
     known = _grams(merged, grams, layout, len(experts))
     layouts = {info.name: info.layout for info in _described(leaves, (), layout)}
 
+    def guided(matrices: list[Array], grams: list[Array]) -> Codes:
+        target, hessian = relaxed(matrices[0], matrices[1:], grams, jnp.float32(anchor))
+        return corrected(target, hessian, settings, jnp.float32(damping))
+
     def quantize(name: str, kernel: Array) -> Codes:
         if name not in known:
             return nearest(kernel, settings)
         own = [as_matrix(_wide(expert[name]), layouts[name])[0] for expert in several]
-        target, hessian = relaxed(kernel, own, known[name], jnp.float32(anchor))
-        return corrected(target, hessian, settings, jnp.float32(damping))
+        return by_groups(guided, [kernel, *own], known[name])
 
     return _model(merged, settings, exclude, layout, quantize)
 

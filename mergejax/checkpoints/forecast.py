@@ -9,9 +9,9 @@ from mergejax.checkpoints.files import Files, ranges
 from mergejax.checkpoints.job import Job, predicted_disk
 from mergejax.checkpoints.request import show_size
 
-_START = 1.5  # seconds to start and compile
-_PROBE = 2**26  # bytes that are read to learn how quick reading is
-_PASS = 0.9e9  # bytes a second and processor that a pass works through
+_START = 0.8  # seconds to start and to take compiled programs over
+_PROBE = 2**26  # bytes that are read, and copied, to learn how quick that is
+_PASS = 0.085  # of the speed of copying: what a processor works through in a pass, measured
 
 
 def forecast(job: Job) -> dict[str, Any]:
@@ -21,12 +21,13 @@ def forecast(job: Job) -> dict[str, Any]:
     largest = sorted(memory, reverse=True)[: works.threads(job, every, memory)]
     read = sum(tensor.bytes for work in every for tensor in work.tensors)
     passes = 1 + len(job.plan.passes) + max(len(work.rounds) for work in every)
-    speed = min(_speed(job), _PASS * (os.cpu_count() or 1))
+    working = _PASS * _copying() * (os.cpu_count() or 1)
+    speed = min(_reading(job), working)
     return {
         "tensors": len(every),
         "disk_bytes": predicted_disk(job),
         "memory_bytes": works.held_memory(job, every) + sum(largest),
-        "seconds": round(_START + passes * read / speed + output_bytes(job) / _PASS, 1),
+        "seconds": round(_START + passes * read / speed + 2 * output_bytes(job) / working, 1),
         "passes": passes,
     }
 
@@ -36,7 +37,16 @@ def output_bytes(job: Job) -> int:
     return sum(tensor.bytes for tensors in job.files.values() for tensor in tensors.values())
 
 
-def _speed(job: Job) -> float:
+def _copying() -> float:
+    """Bytes a second that copying in the processor's cache gives, from a short probe."""
+    source, target = bytes(2**20), bytearray(2**20)
+    started = time.perf_counter()
+    for _ in ranges(0, _PROBE, len(source)):
+        target[:] = source
+    return _PROBE / (time.perf_counter() - started)
+
+
+def _reading(job: Job) -> float:
     """Bytes a second that reading an input gives, from a short probe."""
     own = [tensor for tensor in job.experts[0].tensors.values() if tensor.rows is None]
     tensor = max(own, key=lambda tensor: tensor.bytes)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mergejax.eval.memory import anonymous, watched
+from mergejax.memory import anonymous, watched
 
 
 class Cost(NamedTuple):

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from mergejax import api, calibration, compress, search, train, workdir
-from mergejax.eval import memory, predict, report
+from mergejax import api, calibration, compress, memory, search, train, workdir
+from mergejax.eval import predict, report
 from mergejax.leaves import name_of
 from mergejax.preflight import Compiled, Job, Plan, Record, Tree, needs
 

@@ -4,7 +4,7 @@ import os
 import time
 from typing import Any
 
-from mergejax.checkpoints import output, works
+from mergejax.checkpoints import budget, output, works
 from mergejax.checkpoints.files import Files, ranges
 from mergejax.checkpoints.job import Job, predicted_disk
 from mergejax.checkpoints.request import show_size
@@ -17,8 +17,8 @@ _PASS = 0.085  # of the speed of copying: what a processor works through in a pa
 def forecast(job: Job) -> dict[str, Any]:
     """Bytes on disk, peak bytes of memory (an upper bound), seconds (roughly), passes."""
     every = works.make_works(job, output.place(job.files, job.reference.path, job.recipe))
-    memory = works.part_memory(job, every)
-    largest = sorted(memory, reverse=True)[: works.threads(job, every, memory)]
+    need = budget.need(job, every)
+    largest = sorted(need.parts, reverse=True)[: budget.threads(job, need)]
     read = sum(tensor.bytes for work in every for tensor in work.tensors)
     passes = 1 + len(job.plan.passes) + max(len(work.rounds) for work in every)
     working = _PASS * _copying() * (os.cpu_count() or 1)
@@ -26,7 +26,7 @@ def forecast(job: Job) -> dict[str, Any]:
     return {
         "tensors": len(every),
         "disk_bytes": predicted_disk(job),
-        "memory_bytes": works.held_memory(job, every) + sum(largest),
+        "memory_bytes": need.held + sum(largest),
         "seconds": round(_START + passes * read / speed + 2 * output_bytes(job) / working, 1),
         "passes": passes,
     }

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mergejax import errors
-from mergejax.checkpoints import adapter_merge, folder, output, target
+from mergejax.checkpoints import adapter_merge, budget, folder, output, target
 from mergejax.checkpoints.execute import (
     Memory,
     execute,
@@ -32,7 +32,7 @@ from mergejax.checkpoints.job import Job, prepare
 from mergejax.checkpoints.pieces import Runner, Work
 from mergejax.checkpoints.request import make_request, show_size
 from mergejax.checkpoints.staging import Staging
-from mergejax.checkpoints.works import make_works, memory_problems, part_memory, threads
+from mergejax.checkpoints.works import make_works
 from mergejax.progress import Reporter, Silent
 from mergejax.randomness import name_key
 
@@ -133,7 +133,7 @@ def target_problems(job: Job) -> list[str]:
     if out is None:
         return []
     every = make_works(job, output.place(job.files, out, job.recipe))
-    if too_little := memory_problems(job, every):
+    if too_little := budget.problems(job, every):
         return too_little
     problems = target.problems(out, job.request.overwrite)
     return [] if problems and not target.is_free(out) and _is_done(job) else problems
@@ -148,7 +148,7 @@ def _merge(job: Job, staging: Staging, reporter: Reporter) -> None:
     names = np.array([name_key(expert.name) for expert in job.experts], np.uint32)
     runner = Runner(job.reads_base, names, job.request.seed)
     memory = recall(lines)
-    count = threads(job, works, part_memory(job, works))
+    count = budget.threads(job, budget.need(job, works))
     passes = 1 + len(job.plan.passes)
     total = sum(input_bytes(part) for part in parts_of(works))
     try:

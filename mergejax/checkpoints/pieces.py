@@ -23,6 +23,7 @@ from mergejax.checkpoints.files import CHUNK, Buffers, Files, ranges
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.core import Leaf
 from mergejax.leaves import LeafInfo
+from mergejax.memory import give_back
 from mergejax.plan import solve_stage
 from mergejax.randomness import fold_key
 from mergejax.run import LEAFWISE
@@ -30,6 +31,7 @@ from mergejax.step import Due
 
 _OUTPUT = -1  # stands for the merged model where models are counted
 PIECE = 2**20  # elements that are merged at once; starting a program takes as long as 2^17 of them
+_WORKSPACE = 1.4  # LAPACK's own comes to what the compiler knows
 MEASURED = 2**19  # elements that are measured at once; sums of floats depend on it
 
 
@@ -95,8 +97,8 @@ def _program(placed, leaf, experts, names, seed, seen, local, *, due, dtype):
     return found if due is not None else found[0].astype(dtype)
 
 
-def program_memory(work: Work, has_base: bool) -> int:
-    """The bytes that the program of a leaf takes beside its inputs, as its compiler says.
+def program_memory(work: Work, has_base: bool) -> tuple[int, int]:
+    """The bytes that the program of a leaf takes beside its inputs, and how long its text is.
 
     Args:
         work: a leaf that is merged as it is and of which nothing is measured.
@@ -113,7 +115,10 @@ def program_memory(work: Work, has_base: bool) -> int:
         placed, leaf, values[has_base:], names, np.uint32(0), {}, local, due=None, dtype=dtype
     )
     sizes = lowered.compile().memory_analysis()
-    return sizes.temp_size_in_bytes + sizes.output_size_in_bytes if sizes else 0
+    give_back()
+    taken = sizes.temp_size_in_bytes + sizes.output_size_in_bytes if sizes else 0
+    text = lowered.as_text()
+    return round(taken * (_WORKSPACE if "lapack" in text else 1)), len(text)
 
 
 def section(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -299,6 +304,8 @@ class Runner:
             found = _program(
                 placed, leaf, experts, self._names, self._seed, seen, local, due=due, dtype=dtype
             )
+            if kind not in self._compiled:
+                give_back()  # compiling takes several times what a program is
             self._compiled.add(kind)
         return found
 

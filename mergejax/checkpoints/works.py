@@ -1,10 +1,7 @@
-"""What is to be done with every leaf, in which order, and by how many threads."""
+"""What is to be done with every leaf, and in which order."""
 
 import dataclasses
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 
@@ -13,16 +10,11 @@ from mergejax.checkpoints import pieces
 from mergejax.checkpoints.compare import owner_of
 from mergejax.checkpoints.files import CHUNK
 from mergejax.checkpoints.job import Job
-from mergejax.checkpoints.orbax_arrays import Stored
 from mergejax.checkpoints.pieces import Work
-from mergejax.checkpoints.request import show_size
 from mergejax.checkpoints.safetensors import Tensor
 from mergejax.plan import local_numbers
 from mergejax.run import LEAFWISE, Values, _as_data, _is_elementwise, _leaf
 from mergejax.step import Due
-
-PROGRAM = 120 * 10**6  # bytes that Python and JAX hold on their own
-_COMPILED = 27 * 10**6  # more for each program beyond the first, measured
 
 
 def make_works(job: Job, targets: Mapping[str, Tensor]) -> list[Work]:
@@ -74,75 +66,3 @@ def in_blocks(placed: Sequence[Placed]) -> tuple[list[Placed], list[Due]]:
         for number in range(len(p.stage.build().rounds))
     ]
     return turned, rounds
-
-
-def threads(job: Job, works: Sequence[Work], memory: Sequence[int]) -> int:
-    """How many parts are worked on at once: as many as there are processors and memory for."""
-    count = max(2, os.cpu_count() or 2)
-    budget = (job.request.memory or free_memory() // 2) - held_memory(job, works)
-    return max(1, min(count, budget // max(memory)))
-
-
-def memory_problems(job: Job, works: Sequence[Work]) -> list[str]:
-    """Why the merge cannot be done in the memory that was asked for."""
-    if job.request.memory is None:
-        return []
-    most, largest = max(zip(part_memory(job, works), works, strict=True), key=lambda x: x[0])
-    least = held_memory(job, works) + most
-    if job.request.memory >= least:
-        return []
-    return [
-        f"--memory {show_size(job.request.memory)} is too little: the program and leaf "
-        f"'{largest.info.name}' take {show_size(least)}; give at least that"
-    ]
-
-
-def part_memory(job: Job, works: Sequence[Work]) -> list[int]:
-    """For each leaf an upper bound of what working on one part of it takes, in bytes."""
-    beside: dict[Any, float] = {}  # bytes an element that a chain takes beside its inputs
-    for work in sorted(works, key=lambda work: work.info.size, reverse=True):
-        if _chain(work) not in beside:
-            beside[_chain(work)] = _beside(job, work)
-    found = []
-    for work in works:
-        length = work.length or work.info.size
-        stored = sum(tensor.dtype.itemsize for tensor in work.tensors)
-        stats = jax.tree.leaves(work.program[1].stats) if work.program else []
-        read = sum(min(x.size, length) if work.length else 2 * x.size for x in stats)
-        found.append(round(length * (stored + beside[_chain(work)])) + 4 * read + 2**20)
-    return found
-
-
-def _chain(work: Work) -> Any:
-    stages = work.program[0] if work.program else ()
-    return work.length > 0, *(placed.stage.factory.name for placed in stages)
-
-
-def _beside(job: Job, work: Work) -> float:
-    """What a chain takes an element: the result, and deltas that are not fused into it."""
-    if work.program is None:
-        return 0
-    if work.length:
-        return work.dtype.itemsize
-    if any(placed.stage.build().rounds for placed in work.program[0]):
-        return 4 * (3 * len(work.tensors) + 6)
-    taken = pieces.program_memory(work, job.reads_base)
-    return 1.4 * taken / max(work.info.size, 1)  # LAPACK's own workspace
-
-
-def held_memory(job: Job, works: Sequence[Work]) -> int:
-    """Bytes that are held all the time: programs, decoded chunks of inputs stored compressed."""
-    sources = [tensor.path for work in works for tensor in work.tensors]
-    held = {id(source.context): source.held for source in sources if isinstance(source, Stored)}
-    own = max(len(work.rounds) for work in works)
-    whole = any(work.program and not work.length for work in works)
-    return PROGRAM + _COMPILED * (len(job.plan.passes) + own + 2 * whole) + sum(held.values())
-
-
-def free_memory() -> int:
-    """Bytes of memory that are free."""
-    try:
-        text = pathlib.Path("/proc/meminfo").read_text()
-        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        return 4 * 2**30

@@ -51,9 +51,9 @@ def need(job: Job, works: Sequence[Work]) -> Need:
     sizes = {
         stop - start for work in works for start, stop in work.pieces((0, work.info.size), True)
     }
-    programs = _MEASURING * len(sizes) * passes
-    programs += sum(chains[chain][1] * (1 + passes) for chain, _ in whole)
-    return Need(round(PROGRAM + programs + sum(decoded.values())), parts)
+    measuring = _MEASURING * len(sizes) * passes
+    wholes = sum(chains[chain][1] * (1 + passes) for chain, _ in whole)
+    return Need(round(PROGRAM + measuring + wholes + sum(decoded.values())), parts)
 
 
 def _chain(work: Work) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import mergejax as mj
-from mergejax.checkpoints import execute, folder, merge, output, pieces, safetensors
+from mergejax.checkpoints import budget, execute, folder, merge, output, pieces, safetensors
 from mergejax.checkpoints.staging import Staging
 
 METHODS = [
@@ -94,7 +94,7 @@ def test_shards_and_index_are_as_transformers_writes_them(tmp_path):
 def test_bytes_do_not_depend_on_threads_shards_of_inputs_or_budget(shards, tmp_path, monkeypatch):
     one = disk_models.family(tmp_path / "one")
     first = mj.merge_checkpoints("dare(rate=0.5)", one[0], one[1:], tmp_path / "a", memory="2GiB")
-    monkeypatch.setattr(merge, "threads", lambda job, works, memory: 1)
+    monkeypatch.setattr(budget, "threads", lambda job, need: 1)
     several = disk_models.family(tmp_path / "several", shards=shards)
     second = mj.merge_checkpoints("dare(rate=0.5)", several[0], several[1:], tmp_path / "b")
     assert disk_models.snapshot(first) == disk_models.snapshot(second)

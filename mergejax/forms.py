@@ -73,6 +73,19 @@ def run_leaf(
     return finish(state, leaf)
 
 
+def marked(found: Array, inputs: Sequence[Array]) -> Array:
+    """What was found, with NaN where an input is not finite.
+
+    A look at the output is so one at the inputs, which XLA reads for it anyway: a reduction of each
+    takes three times as long.
+    """
+    if not inputs:
+        return found
+    zeros = [x.astype(jnp.float32) * 0 for x in inputs]  # or NaN
+    finite = sum(z if z.shape == found.shape else z.sum() for z in zeros) == 0
+    return jnp.where(finite, found, jnp.nan)
+
+
 def _resume(placed: Sequence[Placed], turn: int, leaf: Leaf) -> State:
     """The state behind a fold whose experts are gone; `turn` is the place of the fold."""
     spaces = [first_space(placed), *(p.stage.factory.space for p in placed[: turn + 1])]

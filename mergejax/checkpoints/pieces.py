@@ -94,7 +94,10 @@ class Outcome(NamedTuple):
 def _program(placed, leaf, experts, names, seed, seen, local, *, due, dtype):
     leaf = leaf.replace(key=fold_key(leaf.key, seed))
     found = forms.run_leaf(placed, leaf, experts, names, seen, local, due)
-    return found if due is not None else found[0].astype(dtype)
+    if due is not None:
+        return found
+    inputs = experts if leaf.base is None else [leaf.base, *experts]
+    return forms.marked(found[0], inputs).astype(dtype)
 
 
 def program_memory(work: Work, has_base: bool) -> tuple[int, int]:
@@ -254,14 +257,20 @@ class Runner:
         for piece in work.pieces(part, measured=due is not None):
             size, length = piece[1] - piece[0], 0 if due is not None else work.length
             values = [self._read(work, i, piece, length) for i in range(len(work.tensors))]
+            inputs = [x[:size] for x in values]
             if fresh:
-                bad += self._look_at(work, [x[:size] for x in values], piece[0], hashers)
+                for i, x in enumerate(inputs):
+                    _feed(hashers, i, piece[0], x)
+            # What merges pieces marks its result where an input is not finite, other programs may
+            # hide it or never end.
+            if fresh and (due is not None or not work.length or self.broken.is_set()):
+                bad += self._look_at(work, inputs)
             if self.broken.is_set():
                 continue
             result = self._compute(work, values, piece[0], seen, due)
             if due is None:
                 result = np.asarray(result).reshape(-1)[:size]
-                bad += self._write(work, piece[0], result, hashers, bad)
+                bad += self._write(work, piece[0], result, inputs, hashers)
             else:
                 total = jax.tree.map(LEAFWISE.total, result)
                 found = total if found is None else jax.tree.map(np.add, found, total)
@@ -271,17 +280,13 @@ class Runner:
         tensor = work.tensors[index]
         return read_piece(tensor, piece, self.inputs, self._buffers, index, length)
 
-    def _look_at(
-        self, work: Work, values: Sequence[np.ndarray], start: int, hashers: dict
-    ) -> list[tuple[str, int]]:
-        """Hashes what was read and looks for values that are not finite."""
-        bad = []
-        for i, (owner, x) in enumerate(zip(work.owners, values, strict=True)):
-            _feed(hashers, i, start, x)
-            if work.program is not None and not files.is_finite(x):
-                bad.append((owner, files.count_non_finite(x)))
-                self.broken.set()
-        return bad
+    def _look_at(self, work: Work, values: Sequence[np.ndarray]) -> list[tuple[str, int]]:
+        """Looks for values that are not finite in what was read."""
+        if work.program is None or all(map(files.is_finite, values)):
+            return []
+        self.broken.set()
+        counts = [(o, files.count_non_finite(x)) for o, x in zip(work.owners, values, strict=True)]
+        return [(owner, count) for owner, count in counts if count]
 
     def _compute(self, work: Work, values: Sequence[np.ndarray], start: int, seen, due) -> Any:
         if work.program is None:
@@ -315,12 +320,19 @@ class Runner:
             self._own_device.device = next(self._devices)
         return self._own_device.device
 
-    def _write(self, work: Work, start: int, result: np.ndarray, hashers: dict, bad: list) -> list:
+    def _write(
+        self,
+        work: Work,
+        start: int,
+        result: np.ndarray,
+        inputs: Sequence[np.ndarray],
+        hashers: dict,
+    ) -> list[tuple[str, int]]:
         merged = result.astype(work.dtype, copy=False)
         changed = work.program is not None or work.tensors[0].dtype != merged.dtype
         if changed and not files.is_finite(merged):
             self.broken.set()
-            return [] if bad else [("", files.count_non_finite(merged))]
+            return self._look_at(work, inputs) or [("", files.count_non_finite(merged))]
         _feed(hashers, _OUTPUT, start, merged)
         for target in work.targets:
             place = section(target, start, start + merged.size)

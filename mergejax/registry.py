@@ -5,6 +5,7 @@ documentation's table, the contract tests and the benchmark's list.
 """
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -184,6 +185,9 @@ def known_statistics() -> list[str]:
         True
     """
     makers = [*PIECES.values(), *(entry.make for entry in METHODS.values())]
-    return sorted(
-        {need for make in makers for stage in chains.walk(make()) for need in stage.factory.needs}
-    )
+    return sorted(frozenset().union(*map(_reads, makers)))
+
+
+@functools.cache  # every merge with statistics asks, and making all stages takes longer than it
+def _reads(make: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(need for stage in chains.walk(make()) for need in stage.factory.needs)

@@ -202,6 +202,7 @@ def _relu(params, i, x):
     return np.maximum(_dense(params, i, x), 0)
 
 
+@pytest.mark.filterwarnings("ignore:regression. the inputs of")  # 24 images
 def test_least_squares_lowers_the_error_of_a_convolutional_network(convnet):
     apply, symmetries, pair, matching, joint = convnet
     mean = sum(apply(params, IMAGES) for params in pair) / 2
@@ -215,6 +216,7 @@ def test_least_squares_lowers_the_error_of_a_convolutional_network(convnet):
     assert errors[1] < 0.95 * errors[0]
 
 
+@pytest.mark.filterwarnings("ignore:regression. the inputs of")  # 24 images
 def test_least_squares_leaves_a_permuted_twin(convnet):
     apply, symmetries, (a, _), _, _ = convnet
     twin = alignment.apply(symmetries, alignment.random(symmetries, 7), a)
@@ -364,7 +366,30 @@ def test_bad_input_is_answered_in_words(net):
     stats = alignment.statistics(symmetries, [{}, matching.permutations], pair)
     wide = alignment.keep_apart(symmetries, [matching], 0.5)
     group = "params/Dense_0/kernel:1"
+    deeper = {"params": {**pair[1]["params"], "Dense_3": pair[1]["params"]["Dense_2"]}}
+    nan = jax.tree.map(lambda x: x * np.nan, pair[1])
+    undefined = {name: q * np.nan for name, q in joint.items()}
+    loss = lambda p, x: jnp.mean(apply(p, x))
+    narrow, none = INPUTS[:, :-1], INPUTS[:0]
     cases = [
+        (lambda: mj.collect.joint_gram(apply, pair, [narrow]),
+         r"joint_gram: the model does not run on batch 1 \(float32.*generate shape.*give batches"),
+        (lambda: mj.collect.joint_gram(apply, pair, [INPUTS, narrow]), "does not run on batch 2"),
+        (lambda: mj.collect.joint_gram(apply, pair, [none]), "have no examples"),
+        (lambda: alignment.verify(apply, pair[0], narrow, symmetries), "not run on the example"),
+        (lambda: alignment.verify(apply, pair[0], none, symmetries), "none or not finite"),
+        (lambda: alignment.straight_through(symmetries, *pair, loss, [narrow]),
+         "straight_through: the model does not run on batch 1"),
+        (lambda: alignment.repair(apply, pair[0], pair, [narrow]), "does not run on batch 1"),
+        (lambda: alignment.repair(apply, pair[0], pair, [none]), "have no examples"),
+        (lambda: alignment.repair(apply, pair[0], [pair[0], nan], [INPUTS]), "not finite"),
+        (lambda: alignment.repair(apply, pair[0], [pair[0], deeper], [INPUTS]),
+         "leaf 'params/Dense_3/bias' is only in the model"),
+        (lambda: alignment.statistics(symmetries, [{}, {}], [pair[0], deeper]), "only in the mod"),
+        (lambda: alignment.regression(joint, stats, [pair[0], deeper]), "only in the model"),
+        (lambda: alignment.zip_units(symmetries, [pair[0], deeper], joint), "only in the model"),
+        (lambda: alignment.zip_units(symmetries, pair, undefined), "is not finite"),
+        (lambda: alignment.regression(undefined, stats, pair), "is not finite"),
         (lambda: mj.merge("permute()|mean()", None, pair), "needs the statistic 'permutation'"),
         (lambda: mj.merge("pleas()", None, pair, stats=stats), "statistic 'aligned_gram'"),
         (lambda: alignment.statistics(symmetries, [{}], pair), "1 sets of permutations for 2"),
@@ -395,3 +420,16 @@ def test_bad_input_is_answered_in_words(net):
     for call, message in cases:
         with pytest.raises(mj.MergeError, match=message):
             call()
+
+
+def test_too_few_examples_are_regularised_and_told(net):
+    apply, symmetries, pair, matching, _ = net
+    stats = alignment.statistics(symmetries, [{}, matching.permutations], pair)
+    joint = mj.collect.joint_gram(apply, pair, [INPUTS[:2]])
+    with pytest.warns(UserWarning, match="were measured on 2 rows, fewer than inputs"):
+        shared = alignment.regression(joint, stats, pair)
+    got = jax.tree.map(np.asarray, mj.merge("pleas()", None, pair, stats=stats, shared=shared))
+    # On the few examples the regressed layer gives the mean of the experts' outputs.
+    aligned = alignment.apply(symmetries, matching.permutations, pair[1])
+    wanted = sum(_dense(p, 0, INPUTS[:2]) for p in (pair[0], aligned)) / 2
+    np.testing.assert_allclose(_dense(got, 0, INPUTS[:2]), wanted, atol=1e-4)

@@ -3,6 +3,7 @@
 from mergejax.alignment.activations import activation_matching
 from mergejax.alignment.assignment import assign
 from mergejax.alignment.derive import symmetries
+from mergejax.alignment.dimat import average_neighbours, merge_neighbours, mesh_of, senders
 from mergejax.alignment.features import Features, merge_features
 from mergejax.alignment.fusion import optimal_transport
 from mergejax.alignment.gauge import lock, unlock
@@ -45,6 +46,7 @@ __all__ = [
     "apply",
     "assign",
     "attentions",
+    "average_neighbours",
     "compose",
     "cost",
     "group_experts",
@@ -57,6 +59,8 @@ __all__ = [
     "match_many",
     "merge_experts",
     "merge_features",
+    "merge_neighbours",
+    "mesh_of",
     "optimal_transport",
     "prune",
     "random",
@@ -65,6 +69,7 @@ __all__ = [
     "regression",
     "repair",
     "routing",
+    "senders",
     "statistics",
     "straight_through",
     "symmetries",

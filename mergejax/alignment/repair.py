@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax.alignment.assignment import check_structure
 from mergejax.collect.rows import input_rows, refusal
 from mergejax.collect.streaming import as_function, total
 from mergejax.collect.taps import tap_linen
@@ -102,7 +103,8 @@ def repair(
         A tree like `merged`.
 
     Raises:
-        MergeError: a layer without a bias, a grouped convolution, no batch, other shapes.
+        MergeError: a layer without a bias, a grouped convolution, no batch or example, batches that
+            the model does not run on, experts of another structure, outputs that are not finite.
 
     Example:
         >>> import flax.linen as nn
@@ -114,12 +116,15 @@ def repair(
 
     REPAIR (Jordan et al., 2023, arXiv:2211.08403).
     """
+    trees = [leaves_by_name(expert, f"expert {i}")[0] for i, expert in enumerate(experts)]
+    leaves, back = leaves_by_name(merged, "the merged network")
+    for own in trees:
+        check_structure(leaves, own)
     count = len(experts)
     shares = [1 / count] * count if weights is None else list(weights)
     several = [_moments(model, params, batches) for params in experts]
     mean = {n: sum(w * m[n][0] for w, m in zip(shares, several, strict=True)) for n in several[0]}
     spread = {n: sum(w * m[n][1] for w, m in zip(shares, several, strict=True)) for n in mean}
-    leaves, back = leaves_by_name(merged, "the merged network")
     for kernel in mean:
         bias = kernel.removesuffix("kernel") + "bias"
         if bias not in leaves:
@@ -147,13 +152,21 @@ def _moments(model: Any, params: Tree, batches: Sequence[Any]) -> dict[str, Any]
     sums = total(_statistic, function, (), params, items, len(batches), (None, "repair"))
     found = {}
     for name, (products, rows) in sums.items():
+        if not float(rows):
+            raise MergeError("repair: the batches have no examples; give at least one")
         gram = np.asarray(products, np.float64) / float(rows)
         kernel = np.asarray(as_matrix(leaves[name], _layout(name, leaves[name]))[0], np.float64)
         bias = leaves.get(name.removesuffix("kernel") + "bias")
         inputs = gram[-1, :-1]
         covariance = gram[:-1, :-1] - np.outer(inputs, inputs)
-        variance = (kernel * (covariance @ kernel)).sum(0)
+        with np.errstate(invalid="ignore", over="ignore"):  # told in words below
+            variance = (kernel * (covariance @ kernel)).sum(0)
         mean = inputs @ kernel + (0 if bias is None else np.asarray(bias, np.float64).ravel())
+        if not np.isfinite(mean + variance).all():
+            raise MergeError(
+                f"repair: the outputs of layer '{name}' are not finite; check the networks and the "
+                "batches for NaN and Inf"
+            )
         found[name] = (mean, np.sqrt(np.maximum(variance, 0)))
     return found
 

@@ -1,15 +1,17 @@
 """Statistics that a merge of aligned networks reads: the order of units, and regressions."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from mergejax.alignment.assignment import check_structure
 from mergejax.alignment.permutations import Permutations, sources
 from mergejax.alignment.structure import Symmetries, check, size_of
 from mergejax.door import Tree, leaves_by_name
-from mergejax.errors import MergeError, did_you_mean, raise_all
+from mergejax.errors import MergeError, did_you_mean, raise_all, some
 from mergejax.leaves import LeafInfo, as_matrix, describe
 from mergejax.units import Units, take
 
@@ -28,8 +30,8 @@ def statistics(
         {'permutation': [{leaf name: Units}, ...]}.
 
     Raises:
-        MergeError: not one dict per expert, symmetries that do not fit, groups that have another
-            number of units in another expert.
+        MergeError: not one dict per expert, symmetries that do not fit, experts of different
+            structure, groups that have another number of units in another expert.
 
     Example:
         >>> from mergejax import alignment
@@ -44,10 +46,11 @@ def statistics(
             "experts; give one each, {} for one that stays as it is"
         )
     check(symmetries, experts[0])
+    first, *others = _leaves(experts)
+    for other in others:
+        check_structure(first, other)
     whole = _same_groups(symmetries, permutations)
-    shapes = {
-        n: tuple(x.shape) for n, x in leaves_by_name(experts[0], "the first expert")[0].items()
-    }
+    shapes = {n: tuple(x.shape) for n, x in first.items()}
     found = []
     for own in whole:
         widths = {n: group.size for n, group in symmetries.groups.items()}
@@ -114,7 +117,11 @@ def regression(
         beside them.
 
     Raises:
-        MergeError: a Gram matrix of another number of experts or inputs, or of an unknown leaf.
+        MergeError: a Gram matrix of another number of experts or inputs, or of an unknown leaf, or
+            that is not finite; experts of different structure.
+
+    Warns:
+        UserWarning: fewer rows than inputs; the regression is then regularised towards the join.
 
     Example:
         >>> w = {'kernel': np.ones((2, 1), np.float32)}
@@ -123,7 +130,9 @@ def regression(
         >>> shared['aligned_residual']['kernel'].shape
         (3, 1)
     """
-    trees = [leaves_by_name(tree, f"expert {i}")[0] for i, tree in enumerate(experts)]
+    trees = _leaves(experts)
+    for other in trees[1:]:
+        check_structure(trees[0], other)
     infos = {
         info.name: info
         for info in describe(
@@ -133,6 +142,7 @@ def regression(
         )
     }
     raise_all(_problems(joint, infos, len(experts)))
+    _tell_of_few_rows(joint, len(experts))
     shared: dict[str, dict[str, Any]] = {
         name: {} for name in ("aligned_gram", "aligned_residual", "aligned_owners")
     }
@@ -146,6 +156,24 @@ def regression(
             for kind, value in zip(shared, found, strict=True):
                 shared[kind][leaf] = value
     return shared
+
+
+def _leaves(experts: Sequence[Tree]) -> list[dict[str, Any]]:
+    return [leaves_by_name(tree, f"expert {i}")[0] for i, tree in enumerate(experts)]
+
+
+def _tell_of_few_rows(joint: Mapping[str, Any], experts: int) -> None:
+    """Warns where there are fewer rows than inputs: the regression is then decided by its ridge."""
+    rows = getattr(joint, "rows", {})
+    few = [name for name in rows if rows[name] < 1 + (len(joint[name]) - 1) // experts]
+    if few:
+        counts = [int(rows[name]) for name in few]
+        warnings.warn(
+            f"regression: the inputs of {some(few)} were measured on {min(counts)} rows, fewer "
+            "than inputs, so the ridge keeps what they leave open at the joined kernels; give "
+            "joint_gram more examples",
+            stacklevel=3,
+        )
 
 
 def _problems(joint: Mapping[str, Any], infos: Mapping[str, LeafInfo], experts: int) -> list[str]:
@@ -166,6 +194,11 @@ def _problems(joint: Mapping[str, Any], infos: Mapping[str, LeafInfo], experts: 
                 f"joint Gram matrix of '{name}' has shape {np.shape(q)}, expected "
                 f"{(experts * inputs + 1,) * 2} for {experts} experts with {inputs} inputs; "
                 "collect it again with these models"
+            )
+        elif not np.isfinite(np.asarray(q)).all():
+            problems.append(
+                f"joint Gram matrix of '{name}' is not finite; check the models and the data for "
+                "NaN and Inf, and collect it again"
             )
     return problems
 

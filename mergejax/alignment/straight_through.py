@@ -11,6 +11,7 @@ import optax
 from mergejax.alignment.permutations import moved
 from mergejax.alignment.structure import Symmetries
 from mergejax.alignment.weights import Matching, weight_matching
+from mergejax.collect.streaming import running
 from mergejax.door import Tree
 from mergejax.errors import MergeError
 
@@ -74,10 +75,11 @@ def straight_through(
         return optax.apply_updates(copy, updates), state, value
 
     best, least, start = None, np.inf, None
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
         found = weight_matching(symmetries, copy, params, seed=seed, start=start)
         aligned = jax.tree.map(jnp.asarray, moved(symmetries, found.permutations, params))
-        copy, state, value = step(copy, state, aligned, batch)
+        with running("straight_through", f"batch {number}", batch):
+            copy, state, value = step(copy, state, aligned, batch)
         start = found.permutations
         if float(value) < least:
             best, least = found, float(value)

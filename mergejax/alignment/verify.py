@@ -9,6 +9,7 @@ import numpy as np
 
 from mergejax.alignment.permutations import Permutations, apply, random
 from mergejax.alignment.structure import Symmetries, movable, require
+from mergejax.collect.streaming import running
 from mergejax.door import Tree
 from mergejax.errors import MergeError, some
 from mergejax.leaves import is_floating
@@ -43,8 +44,9 @@ def verify(
         The largest difference of the outputs, relative to the largest output.
 
     Raises:
-        MergeError: symmetries that do not fit, outputs that are not finite, or that change by more
-            than a thousandth; the groups that change them are named.
+        MergeError: symmetries that do not fit, an example that the model does not run on, outputs
+            that are not finite, or that change by more than a thousandth; the groups that change
+            them are named.
 
     Example:
         >>> import jax.numpy as jnp
@@ -66,10 +68,11 @@ def verify(
             found = run(apply(symmetries, permutations, disturbed), example)
         return [np.asarray(x, np.float32) for x in jax.tree.leaves(found) if is_floating(x.dtype)]
 
-    expected = outputs({})
-    if not expected or not all(np.isfinite(x).all() for x in expected):
+    with running("verify", "the example", example):
+        expected = outputs({})
+    if not expected or not all(x.size and np.isfinite(x).all() for x in expected):
         raise MergeError(
-            "verify: the outputs on the example are not finite numbers, so nothing can be "
+            "verify: the outputs on the example are none or not finite numbers, so nothing can be "
             "compared; check the parameters and the example"
         )
     permutations = random(symmetries, seed)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from mergejax.alignment.activations import input_labels, similarity
+from mergejax.alignment.assignment import check_structure
 from mergejax.alignment.maps import Maps
 from mergejax.alignment.structure import Symmetries, check
 from mergejax.alignment.verify import verified
@@ -47,7 +48,8 @@ def zip_units(
         `Maps` of every expert.
 
     Raises:
-        MergeError: numbers out of range; groups that no layer reads, that lie within others, or
+        MergeError: numbers out of range; experts of different structure; Gram matrices that are
+            not finite; groups that no layer reads, that lie within others, or
             under a norm whose width would change: align those first and leave them out.
 
     Example:
@@ -64,6 +66,9 @@ def zip_units(
     the first layers, with a head each, is `groups`.
     """
     check(symmetries, experts[0])
+    first, *others = (leaves_by_name(x, f"expert {i}")[0] for i, x in enumerate(experts))
+    for other in others:
+        check_structure(first, other)
     verified(symmetries, experts[0])
     found = _correlations(symmetries, experts[0], joint, len(experts))
     chosen = [n for n, g in symmetries.groups.items() if not g.fixed] if groups is None else groups
@@ -113,6 +118,11 @@ def _correlations(
             raise MergeError(
                 f"joint Gram matrix of '{name}' has {len(q)} rows, expected "
                 f"{count * places.size + 1} of {count} experts; collect it again with these"
+            )
+        if not np.isfinite(np.asarray(q)).all():
+            raise MergeError(
+                f"joint Gram matrix of '{name}' is not finite; check the models and the data for "
+                "NaN and Inf, and collect it again"
             )
         whole = similarity(np.asarray(q, np.float64), "correlation", slice(-1), slice(-1))
         place = labels.index(named[0])

@@ -15,13 +15,18 @@ from typing import Any
 import ml_collections
 
 from mergejax import data, workdir
-from mergejax.alignment_studies import barrier, widths
+from mergejax.alignment_studies import barrier, dimat, moe, widths
 from mergejax.checkpoints import fingerprint
 from mergejax.errors import MergeError, did_you_mean
 
 Record = dict[str, Any]
 RECORDS, TABLE = "records.json", "results.md"
-STUDIES: Mapping[str, Any] = {"barrier": barrier, "widths": widths}
+STUDIES: Mapping[str, Any] = {
+    "barrier": barrier,
+    "dimat": dimat,
+    "moe": moe,
+    "widths": widths,
+}
 
 
 def run(

@@ -112,10 +112,14 @@ def _step(
 
     def loss(params: Tree) -> tuple[jax.Array, Tree]:
         logits, moved = model.apply(
-            {**variables, "params": params}, batch.inputs, train=True, mutable=["batch_stats"]
+            {**variables, "params": params},
+            batch.inputs,
+            train=True,
+            mutable=["batch_stats", "losses"],
         )
         each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return each.mean(), moved
+        kept = dict(moved)
+        return sum(jax.tree.leaves(kept.pop("losses", {})), each.mean()), kept
 
     params = variables["params"]
     gradient, moved = jax.grad(loss, has_aux=True)(params)
@@ -134,6 +138,8 @@ def train(
     advance: Callable[[int], object] = lambda n: None,
 ) -> Tree:
     """Trains a network with AdamW by its mean cross entropy, as `fit.fit` does.
+
+    What layers sow as 'losses' is added.
 
     Args:
         model: a module that is called on images and `train`.

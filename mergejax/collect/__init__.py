@@ -5,7 +5,7 @@ from mergejax.collect.cross import cross_gram, representations
 from mergejax.collect.files import load, save
 from mergejax.collect.fisher import block_fisher, fisher
 from mergejax.collect.gram import gram, gram_sums
-from mergejax.collect.joint import drift, joint_gram
+from mergejax.collect.joint import drift, joint_gram, joint_gram_sums
 from mergejax.collect.masks import localize
 from mergejax.collect.moments import moments, token_share
 from mergejax.collect.norms import norm_moments, norm_square
@@ -23,6 +23,7 @@ __all__ = [
     "gram",
     "gram_sums",
     "joint_gram",
+    "joint_gram_sums",
     "load",
     "localize",
     "means",

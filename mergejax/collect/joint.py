@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 
 from mergejax.collect.rows import input_rows, refusal
+from mergejax.collect.statistics import Statistics
 from mergejax.collect.streaming import Function, Progress, as_function, length, nnx_parts, total
 from mergejax.collect.taps import tap_linen, tap_nnx
 from mergejax.errors import MergeError, some
@@ -21,7 +22,7 @@ def joint_gram(
     batches: Iterable[Any],
     *,
     progress: Progress | None = None,
-) -> dict[str, jax.Array]:
+) -> Statistics:
     r"""Mean Gram matrix of the inputs of every layer in all models side by side, and a one.
 
     .. math:: Q = \frac1R\sum_r q_r^\top q_r,\qquad q_r = [x_r^{(1)} | \ldots | x_r^{(N)} | 1]
@@ -38,12 +39,12 @@ def joint_gram(
         progress: called as progress(done, total, 'joint_gram') after each batch.
 
     Returns:
-        {leaf name of the kernel: Q [N·in + 1, N·in + 1] float32}. Layers of which one matrix cannot
-        say enough (grouped convolutions) are left out.
+        {leaf name of the kernel: Q [N·in + 1, N·in + 1] float32}, which remember their rows. Layers
+        of which one matrix cannot say enough (grouped convolutions) are left out.
 
     Raises:
-        MergeError: no batch, fewer than two models, a layer that is called more than once, inputs
-            that are not finite.
+        MergeError: no batch or example, fewer than two models, batches that the models do not run
+            on, a layer that is called more than once, inputs that are not finite.
 
     Example:
         >>> import flax.linen as nn
@@ -61,6 +62,36 @@ def joint_gram(
     return _means(sums, "joint_gram")
 
 
+def joint_gram_sums(
+    model: Any, several: Sequence[Any], batch: Any
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    r"""What `joint_gram` adds up, of one batch: a pure function to run under your own transforms.
+
+    .. math:: \Big(\sum_rq_r^\top q_r,\ \sum_r1/c\Big),\qquad c\text{ the calls of the layer}
+
+    Args:
+        model: as for `joint_gram`.
+        several: the models' parameters; traced, for instance.
+        batch: one batch, or a device's share of it.
+
+    Returns:
+        {leaf name of the kernel: (Σ qᵀq [N·in + 1, N·in + 1] float32, Σ rows / calls)}, to be added
+        over batches and devices. Divided by its last entry the first is `joint_gram`.
+
+    Raises:
+        MergeError: a layer that the model keeps from being measured.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> params = {'kernel': jnp.ones((1, 3)), 'bias': jnp.zeros(3)}
+        >>> run = jax.jit(lambda p, x: joint_gram_sums(nn.Dense(3), [p, p], x))
+        >>> run(params, jnp.array([[1.0], [3.0]]))['kernel'][0].tolist()[-1]
+        [4.0, 4.0, 2.0]
+    """
+    make, function = _statistic(model, several[0])
+    return make(function.call)(list(several), len(several) * [batch])
+
+
 def drift(
     model: Any,
     student: Any,
@@ -68,7 +99,7 @@ def drift(
     batches: Iterable[tuple[Any, Any]],
     *,
     progress: Progress | None = None,
-) -> dict[str, jax.Array]:
+) -> Statistics:
     r"""Mean products of the inputs of every layer in a merged model and in an expert, and a one.
 
     .. math:: Q = \frac1R\sum_r q_r^\top q_r,\qquad q_r = [x_r^{student} | x_r^{expert} | 1]
@@ -104,9 +135,11 @@ def drift(
     return _means(sums, "drift")
 
 
-def _means(sums: dict[str, Any], caller: str) -> dict[str, jax.Array]:
+def _means(sums: dict[str, Any], caller: str) -> Statistics:
     again = [name for name, (q, calls) in sums.items() if float(calls) * 1.5 < float(q[-1, -1])]
     broken = [name for name, (q, _) in sums.items() if not bool(jnp.isfinite(q).all())]
+    if any(float(q[-1, -1]) == 0 for q, _ in sums.values()):
+        raise MergeError(f"{caller}: the batches have no examples; give at least one")
     if again or broken:
         raise MergeError(
             f"{caller}: {some(again)} are called more than once, so their inputs cannot be paired"
@@ -115,7 +148,8 @@ def _means(sums: dict[str, Any], caller: str) -> dict[str, jax.Array]:
         )
     if not sums:
         raise MergeError(f"{caller}: no Dense, DenseGeneral or Conv layer was seen in the model")
-    return {name: q / q[-1, -1] for name, (q, _) in sums.items()}
+    means = {name: q / q[-1, -1] for name, (q, _) in sums.items()}
+    return Statistics(caller, means, {name: q[-1, -1] for name, (q, _) in sums.items()})
 
 
 def _statistic(model: Any, params: Any) -> tuple[Any, Function]:

@@ -1,6 +1,8 @@
 """Sums of a statistic over an iterable of batches, and the models and masks collectors take."""
 
+import contextlib
 import functools
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.errors import FlaxError
 
 from mergejax.errors import MergeError
 
@@ -47,11 +50,12 @@ def total(
                 f"{caller}: batch {done} is {jax.tree.structure(item[0])}, but the first was of "
                 "another structure; give all batches the same keys"
             )
-        if sums is None:
-            kind = jax.tree.structure(item)
-            shapes = jax.eval_shape(statistic, params, item)
-            sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        sums = add(sums, params, item)
+        with running(caller, f"batch {done}", item[0]):
+            if sums is None:
+                kind = jax.tree.structure(item)
+                shapes = jax.eval_shape(statistic, params, item)
+                sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            sums = add(sums, params, item)
         if report:
             report(done, count, caller)
     if sums is None:
@@ -60,6 +64,34 @@ def total(
             "(a generator that was read before is empty)"
         )
     return sums
+
+
+@contextlib.contextmanager
+def running(caller: str, name: str, batch: Any) -> Iterator[None]:
+    """Says in one sentence that a model does not take a batch, whatever it raises.
+
+    Example:
+        >>> with running("gram", "batch 1", np.ones((2, 3))):
+        ...     np.ones((2, 3)) @ np.ones((4, 1))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        mergejax.errors.MergeError: gram: the model does not run on batch 1 (float64[2,3]): ...
+    """
+    try:
+        yield
+    except (FlaxError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, MergeError):
+            raise
+        shown = ", ".join(
+            f"{x.dtype}[{','.join(map(str, x.shape))}]" if hasattr(x, "shape") else repr(x)[:20]
+            for x in jax.tree.leaves(batch)
+        )
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = re.sub(r" \(https\S+\)$", "", reason).rstrip(".")
+        raise MergeError(
+            f"{caller}: the model does not run on {name} ({shown or 'nothing'}): {reason}; give "
+            "batches of the shape that the model was trained on, and models of one structure"
+        ) from error
 
 
 @functools.lru_cache(maxsize=16)

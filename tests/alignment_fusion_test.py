@@ -73,17 +73,76 @@ def test_exact_coupling_is_an_assignment_of_copies():
         assert -1e-5 < soft < 0.01 * np.log(n * m)
 
 
-@pytest.mark.parametrize("evidence", ["weights", "activations"])
-def test_a_permuted_transformer_is_carried_back(evidence):
+STREAM = "params/Conv_0/kernel:3"
+
+
+@pytest.fixture(scope="module")
+def vits():
+    """(symmetries, a vision transformer, a permuted twin, joint Gram matrices of both)."""
     apply_fn, a, example = make("vit")
     symmetries = alignment.symmetries(apply_fn, a, example)
     twin = alignment.apply(symmetries, alignment.random(symmetries, 3), a)
-    joint = None
-    if evidence == "activations":
-        images = jax.random.normal(jax.random.key(5), (16, 12, 12, 3))
-        joint = mj.collect.joint_gram(apply_fn, [a, twin], [images])
-    maps = alignment.optimal_transport(symmetries, a, twin, joint=joint, epsilon=0.0)
+    images = jax.random.normal(jax.random.key(5), (16, 12, 12, 3))
+    return symmetries, a, twin, mj.collect.joint_gram(apply_fn, [a, twin], [images])
+
+
+@pytest.mark.parametrize("evidence", ["weights", "activations"])
+def test_a_permuted_transformer_is_carried_back(vits, evidence):
+    symmetries, a, twin, joint = vits
+    maps = alignment.optimal_transport(
+        symmetries, a, twin, joint=joint if evidence == "activations" else None, epsilon=0.0
+    )
     trees.close(alignment.transport(symmetries, maps, twin), a, atol=1e-6)
+
+
+@pytest.mark.parametrize("evidence", ["weights", "activations"])
+@pytest.mark.parametrize("residual", ["mean", "branch", "stream", [0.3, 0.6, 0.1, 0.9]])
+def test_maps_of_every_layer_carry_a_permuted_transformer_back(vits, residual, evidence):
+    symmetries, a, twin, joint = vits
+    cut, maps = alignment.layerwise_transport(
+        symmetries, a, twin, STREAM, residual=residual, epsilon=0.0,
+        joint=joint if evidence == "activations" else None,
+    )  # fmt: skip
+    trees.close(alignment.transport(cut, maps, twin), a, atol=1e-6)
+
+
+def test_residual_maps_are_mixtures_of_stream_and_branch(vits):
+    symmetries, a, twin, joint = vits
+    columns = np.linspace(0, 1, 12)  # a weight for each unit
+    block = "params/MultiHeadDotProductAttention_0/out/kernel"
+    names = [STREAM, f"{STREAM}|{block}", f"{STREAM}|params/LayerNorm_1/scale"]
+    for residual, weight in (("mean", 0.5), ([columns, 0.0, 0.0, 0.0], columns)):
+        _, maps = alignment.layerwise_transport(
+            symmetries, a, twin, STREAM, residual=residual, joint=joint
+        )
+        stream, branch, behind = (maps.writes[name] for name in names)
+        np.testing.assert_allclose(behind, stream * (1 - weight) + branch * weight, atol=1e-12)
+        assert abs(stream - branch).max() > 1e-3
+    _, maps = alignment.layerwise_transport(
+        symmetries, a, twin, STREAM, residual="identity", joint=joint
+    )
+    np.testing.assert_array_equal(maps.reads[names[2]], np.eye(12))
+
+
+def test_queries_may_have_maps_of_their_own(vits):
+    symmetries, a, twin, _ = vits
+    shared = "params/MultiHeadDotProductAttention_0/key/kernel:2"
+    layer = "params/MultiHeadDotProductAttention_0/query"
+    own = alignment.apart(symmetries, shared, [f"{layer}/kernel", f"{layer}/bias"])
+    maps = alignment.optimal_transport(own, a, twin, epsilon=0.0)
+    trees.close(alignment.transport(own, maps, twin), a, atol=1e-6)
+    soft = alignment.optimal_transport(own, a, twin)
+    assert abs(soft.reads[shared] - soft.reads[f"{shared}|{layer}/kernel"]).max() > 1e-3
+    with pytest.raises(MergeError, match=r"'params/pos' has no axis of group"):
+        alignment.apart(symmetries, shared, ["params/pos"])
+    with pytest.raises(MergeError, match=r"the stream has 4 sums"):
+        alignment.layerwise_transport(symmetries, a, twin, STREAM, residual=[0.5])
+    with pytest.raises(MergeError, match=r"did you mean 'mean'"):
+        alignment.layerwise_transport(symmetries, a, twin, STREAM, residual="meen")
+    with pytest.raises(MergeError, match=r"no group is called 'stream'"):
+        alignment.layerwise_transport(symmetries, a, twin, "stream")
+    with pytest.raises(MergeError, match=r"written by hand"):
+        alignment.layerwise_transport(own, a, twin, STREAM)
 
 
 def test_a_network_with_every_unit_twice_is_carried_to_itself():

@@ -344,7 +344,10 @@ def test_a_budget_is_met(net, budget):
 def test_groups_under_a_norm_do_not_widen():
     apply_fn, params, example = make("vit")
     symmetries = alignment.symmetries(apply_fn, params, example)
-    assert sorted(g.size for g in symmetries.groups.values() if g.widens) == [20, 20]
+    assert sorted(g.size for g in symmetries.groups.values() if g.widens) == [3, 3, 20, 20]
+    apply_fn, params, example = make("moe")
+    symmetries = alignment.symmetries(apply_fn, params, example)
+    assert [g.size for g in symmetries.groups.values() if g.widens] == [8]  # no experts
     apply_fn, params, example = make("resnet20_batch_norm")
     symmetries = alignment.symmetries(apply_fn, params, example)
     assert all(group.widens for group in symmetries.groups.values())

@@ -7,7 +7,7 @@ import pytest
 
 import mergejax as mj
 from mergejax import alignment, alignment_studies
-from mergejax.alignment_studies import barrier, networks, widths
+from mergejax.alignment_studies import barrier, networks, rating, transformers, vit, widths
 from mergejax.data.task import Split, Task
 
 RNG = np.random.default_rng(0)
@@ -62,6 +62,33 @@ def test_twins_merge_to_themselves_at_any_width():
     assert [len(half.labels) for half in halves] == [1, 1]
     with pytest.raises(mj.MergeError, match="must be one or two of"):
         widths.parts({"t": task}, ("u",))
+
+
+def test_heads_and_the_stream_of_transformers_may_be_kept_apart():
+    """A twin merges to itself; with all units apart two networks are their ensemble."""
+    model = transformers.Transformer(3, 10, 4, (3,), (7,), 3)
+    function, a, b = networks.function(model), drawn(model, 0), drawn(model, 1)
+    symmetries = alignment.symmetries(function.__wrapped__, a, IMAGES[:2])
+    free = vit.norms_apart(symmetries)
+    twin = alignment.apply(symmetries, alignment.random(symmetries, 1), a)
+    matched = alignment.weight_matching(symmetries, a, twin)
+    order = alignment.identity(symmetries)
+    scores = {name: np.arange(p.size).reshape(p.shape) for name, p in order.items()}
+    times = rating.uses(model, a, IMAGES[:1])
+    once = rating.multiplications(model, a, IMAGES[:1])
+    for other, matching, ratio in (
+        (twin, matched, 0.4),
+        (b, alignment.Matching(order, scores, 0.0, 1), 1.0),
+    ):
+        orders = alignment.keep_apart(free, [matching], ratio)
+        stats = alignment.statistics(free, orders, [a, other])
+        merged = mj.merge("permute()|join()", None, [a, other], stats=stats)
+        wide = transformers.rebuilt(model, merged)
+        assert (wide.heads, wide.apart) == ((3 + int(3 * ratio),), int(10 * ratio))
+        wanted = (function(a, IMAGES) + function(other, IMAGES)) / 2
+        np.testing.assert_allclose(networks.function(wide)(merged, IMAGES), wanted, atol=1e-4)
+        spent = rating.multiplications(wide, merged, IMAGES[:1]) / once
+        assert spent == pytest.approx(alignment.cost(free, a, ratio, uses=times))
 
 
 def test_an_unknown_study_is_refused():

@@ -5,7 +5,7 @@ from mergejax.alignment.assignment import assign
 from mergejax.alignment.derive import symmetries
 from mergejax.alignment.dimat import average_neighbours, merge_neighbours, mesh_of, senders
 from mergejax.alignment.features import Features, merge_features
-from mergejax.alignment.fusion import optimal_transport
+from mergejax.alignment.fusion import layerwise_transport, optimal_transport
 from mergejax.alignment.gauge import lock, unlock
 from mergejax.alignment.heads import Attention, attentions
 from mergejax.alignment.maps import Maps, transport
@@ -24,6 +24,7 @@ from mergejax.alignment.mixtures_compressed import (
 )
 from mergejax.alignment.partial import cost, keep_apart, ratios_for
 from mergejax.alignment.permutations import apply, compose, identity, invert, random
+from mergejax.alignment.places import apart
 from mergejax.alignment.repair import reestimate, repair
 from mergejax.alignment.stats import regression, statistics
 from mergejax.alignment.straight_through import straight_through
@@ -43,6 +44,7 @@ __all__ = [
     "Symmetries",
     "activation_matching",
     "align_experts",
+    "apart",
     "apply",
     "assign",
     "attentions",
@@ -54,6 +56,7 @@ __all__ = [
     "invert",
     "keep_apart",
     "kept_share",
+    "layerwise_transport",
     "lock",
     "low_rank_and_rest",
     "match_many",

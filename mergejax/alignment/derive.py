@@ -114,10 +114,11 @@ def _collect(leaves: dict[str, tuple[Expression, ...]], state: State) -> Symmetr
                 label = f"{leaf}:{i}" if len(parts) == 1 else f"{leaf}:{i}.{part}"
                 names.setdefault(dim, label)
     order = list(names)
-    single = {dim for axis in state.reduced for dim in atoms(axis)}
+    factors = {dim for axes in leaves.values() for axis in axes for dim in _factors(axis)}
+    # Heads and the like are not among them: one that is kept apart brings what lies within it.
+    single = factors - {outer for dim in order for outer in within.get(dim, ())}
+    single |= {dim for axis in state.reduced for dim in atoms(axis)}
     single |= {dim for dim in order if within.get(dim)}
-    single |= {outer for dim in order for outer in within.get(dim, ())}
-    single |= {dim for axes in leaves.values() for axis in axes for dim in _factors(axis)}
     groups = {
         name: Group(
             dim.size,

@@ -83,8 +83,9 @@ def merge_features(
     raise_all(problems)
     check(symmetries, params)
     merged = {}
+    outside = {outer for group in symmetries.groups.values() for outer in group.within}
     for name, group in symmetries.groups.items():
-        if group.fixed or group.within or not group.widens:
+        if name in outside or group.within or not group.widens:
             continue
         labels = _clusters(_weights(symmetries, params, name), name, threshold, most)
         merged[name] = labels

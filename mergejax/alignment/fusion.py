@@ -1,20 +1,18 @@
 """Transformer Fusion: units of a network transported to those of another one, softly or hard."""
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mergejax.alignment.activations import input_labels, similarity
-from mergejax.alignment.assignment import pieces, units
-from mergejax.alignment.maps import Maps, carry
-from mergejax.alignment.sinkhorn import coupling
+from mergejax.alignment.fusion_walk import begin
+from mergejax.alignment.maps import Maps
+from mergejax.alignment.places import apart, in_order
 from mergejax.alignment.structure import Symmetries, check, groups_of, movable
 from mergejax.alignment.verify import verified
-from mergejax.door import Tree, leaves_by_name
-from mergejax.errors import MergeError, did_you_mean, raise_all
-from mergejax.leaves import STATISTIC, LeafInfo, describe, is_floating
+from mergejax.door import Tree
+from mergejax.errors import MergeError, did_you_mean
+from mergejax.leaves import LeafInfo
 
 
 def optimal_transport(
@@ -73,10 +71,7 @@ def optimal_transport(
     check(symmetries, reference)
     check(own, params)
     verified(symmetries, reference)
-    walk = _Walk(symmetries, own, *_leaves(symmetries, own, reference, params))
-    if joint is not None:
-        walk.listen(joint)
-    walk.epsilon = epsilon if epsilon is not None else (0.06 if joint is None else 0.08)
+    walk = begin(symmetries, own, reference, params, joint, epsilon)
     roots = [n for n in movable(own) if all(own.groups[o].fixed for o in own.groups[n].within)]
     while roots:
         name = max(roots, key=walk.evidence)
@@ -85,172 +80,162 @@ def optimal_transport(
     return walk.maps
 
 
-def _leaves(
-    symmetries: Symmetries, own: Symmetries, reference: Tree, params: Tree
-) -> tuple[list[LeafInfo], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The leaves that count, of both models; refuses networks of different structure."""
-    ours, theirs = (
-        leaves_by_name(tree, owner)[0]
-        for tree, owner in ((reference, "the reference"), (params, "the model"))
-    )
-    problems = [
-        f"{kind} '{name}' is only in one of the two models; transport needs networks of one kind, "
-        "only their widths may differ"
-        for kind, a, b in (
-            ("leaf", ours, theirs),
-            ("group", symmetries.groups, own.groups),
+def layerwise_transport(
+    symmetries: Symmetries,
+    reference: Tree,
+    params: Tree,
+    stream: str,
+    *,
+    residual: str | Sequence[Any] = "mean",
+    joint: Mapping[str, Any] | None = None,
+    own: Symmetries | None = None,
+    epsilon: float | None = None,
+) -> tuple[Symmetries, Maps]:
+    r"""Transport with a map of the residual stream for every layer, as it was published.
+
+    The layers are taken in the order of the model's program. One that writes into the stream has a
+    map B of its outputs, and where they are added to the stream, what reads it from there on has
+
+    .. math:: T_i = (1 - w_i) T_{i-1} + w_i B_i,\qquad T_0 = B_0
+
+    so a copy of the reference with its units permuted is not carried back exactly, unless the maps
+    agree: `optimal_transport`, with one map for the whole stream, does that.
+
+    Args:
+        symmetries: of the reference, derived from the model.
+        reference: the anchor, whose widths count.
+        params: the model to be moved.
+        stream: the group of the residual stream.
+        residual: 'mean' (w = 1/2), 'branch' (w = 1; published as no_resid), 'stream' (w = 0;
+            only_resid), 'identity' (T is the identity behind every sum; resid_as_identity), or a
+            weight for each sum: numbers (weighted_scalar) or arrays, one number for each unit of
+            the reference (weighted_matrix).
+        joint, own, epsilon: as for `optimal_transport`; outputs are compared through the layers'
+            inputs.
+
+    Returns:
+        Symmetries in which every place of the stream has its own group, and `Maps`, both for
+        `transport`. With other widths the symmetries are those of the model that is moved.
+
+    Raises:
+        MergeError: as `optimal_transport`; an unknown stream, a layer that leads from the stream
+            to itself, another number of weights than sums.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mergejax import alignment
+        >>> names = ('in/kernel', 'up/kernel', 'down/kernel', 'head/kernel')
+        >>> def net(p, x):
+        ...     x = x @ p[names[0]]
+        ...     return (x + jnp.tanh(x @ p[names[1]]) @ p[names[2]]) @ p[names[3]]
+        >>> shapes = (2, 5), (5, 6), (6, 5), (5, 3)
+        >>> a = {n: np.random.default_rng(0).normal(size=s) for n, s in zip(names, shapes)}
+        >>> found = alignment.symmetries(net, a, jnp.ones((4, 2)))
+        >>> cut, maps = layerwise_transport(found, a, a, 'down/kernel:1', epsilon=0.0)
+        >>> alignment.transport(cut, maps, a)['up/kernel'].tolist() == a['up/kernel'].tolist()
+        True
+
+    Transformer Fusion with Optimal Transport (Imfeld et al., 2024, arXiv:2310.05719), with two maps
+    for every place, heads kept apart and one map for all embeddings.
+    """
+    own = own or symmetries
+    check(symmetries, reference)
+    check(own, params)
+    verified(symmetries, reference)
+    if stream not in symmetries.groups:
+        raise MergeError(
+            f"layerwise_transport: no group is called '{stream}', "
+            f"{did_you_mean(stream, symmetries.groups)}"
         )
-        for name in (*(set(a) - set(b)), *(set(b) - set(a)))
-    ]
-    problems += [
-        f"leaf '{name}' has axes {symmetries.axes.get(name)} in the reference and "
-        f"{own.axes.get(name)} in the model; transport needs networks of one kind"
-        for name in {*symmetries.axes, *own.axes}
-        if symmetries.axes.get(name) != own.axes.get(name)
-    ]
-    problems += [
-        f"leaf '{name}' of {owner} has values that are not finite; nothing can be matched to it"
-        for owner, tree in (("the reference", ours), ("the model", theirs))
-        for name, x in tree.items()
-        if is_floating(x.dtype) and not np.isfinite(np.asarray(x, np.float32)).all()
-    ]
-    raise_all(problems)
-    infos = [
-        info
-        for info in describe({n: (tuple(x.shape), x.dtype) for n, x in ours.items()})
-        if info.name in own.axes and is_floating(info.dtype) and info.role != STATISTIC
-    ]
-    sides = [{i.name: np.asarray(t[i.name], np.float64) for i in infos} for t in (ours, theirs)]
-    return infos, sides[0], sides[1]
-
-
-@dataclasses.dataclass
-class _Walk:
-    """Two models, and the maps found so far."""
-
-    symmetries: Symmetries
-    own: Symmetries
-    infos: list[LeafInfo]
-    reference: dict[str, np.ndarray]
-    moved: dict[str, np.ndarray]
-    epsilon: float = 0.0
-    maps: Maps = dataclasses.field(default_factory=lambda: Maps({}, {}))
-    heard: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-
-    def solve(self, name: str) -> np.ndarray:
-        """Finds the map of a group and of those inside; the cost for each pair of outer units."""
-        group = self.own.groups[name]
-        inside = [n for n, one in self.own.groups.items() if one.within[-1:] == (name,)]
-        total = self.heard.get(name)
-        if total is None and not inside:
-            total = self.by_weights(name)
-        for child in inside:
-            found, k = self.solve(child), len(group.within)
-            # [outer, own, outer, own] → [outer, outer, own, own]
-            order = [*range(k), *range(k + 1, 2 * k + 1), k, 2 * k + 1]
-            found = found.transpose(order) ** 2
-            total = found if total is None else total + found
-        assert total is not None
-        distances = np.sqrt(np.maximum(total, 0))
-        largest = max(float(distances.max()), 1e-30)
-        found = coupling(distances / largest, self.epsilon)
-        self.maps = Maps(
-            {**self.maps.reads, name: found * found.shape[-2]},
-            {**self.maps.writes, name: found * found.shape[-1]},
-        )
-        return (found * distances).sum((-2, -1))
-
-    def evidence(self, name: str) -> tuple[bool, float]:
-        """Whether activations tell of a group, and the share of incoming weights that are tied."""
-        total = tied = 0
-        inside = {n for n, one in self.own.groups.items() if name in one.within}
-        for info in self.infos:
-            here = {n for axis in self.own.axes[info.name] for n in groups_of(axis)}
-            if here & {name, *inside}:
-                known = {n for n in here if n in self.maps.writes or self.own.groups[n].fixed}
-                total += info.size
-                tied += info.size * (here - known <= {name, *inside})
-        return name in self.heard, tied / max(total, 1)
-
-    def by_weights(self, name: str) -> np.ndarray:
-        """Squared distances of weights, [outer..., outer of the reference..., own, reference's]."""
-        rows: dict[bool, list[list[np.ndarray]]] = {True: [], False: []}
-        within = self.own.groups[name].within
-        sizes = {n: group.size for n, group in self.symmetries.groups.items()}
-        wide = sizes | {n: g.size for n, g in self.own.groups.items() if n not in self.maps.writes}
-        for info in self.infos:
-            axes, letters = self.own.axes[info.name], info.layout or "o" * len(info.shape)
-            here = {n for axis in axes for n in groups_of(axis)}
-            if name not in here:
+    order = in_order(symmetries, reference)
+    infos = begin(symmetries, own, reference, params, None, epsilon).infos
+    places = _places(symmetries, {info.name: info for info in infos}, order, stream)
+    weights = _weights(residual, len(places) - 1)
+    written, read = [stream], [stream]
+    for writers, readers in places[1:]:
+        symmetries, own = (apart(one, stream, writers) for one in (symmetries, own))
+        written.append(f"{stream}|{writers[0]}")
+        if readers:
+            symmetries, own = (apart(one, stream, readers) for one in (symmetries, own))
+        read.append(f"{stream}|{readers[0]}" if readers else "")
+    walk = begin(symmetries, own, reference, params, joint, epsilon)
+    if joint is not None:
+        walk.listen_to_outputs(joint, written)
+    now = Maps({}, {})
+    for leaf in order:
+        for name in _roots(own, leaf):
+            if name in walk.maps.writes or name in read[1:]:
                 continue
-            moved = carry(self.own, self.maps, axes, info.layout, self.moved[info.name])
-            cut = zip(
-                pieces(axes, wide, moved),
-                pieces(axes, sizes, self.reference[info.name]),
-                strict=True,
-            )
-            places = [i for i, axis in enumerate(axes) if name in groups_of(axis)]
-            for (labels, ours), (_, theirs) in cut:
-                others = {n for n in labels if n is not None} - {name, *within}
-                known = all(n in self.maps.writes or self.own.groups[n].fixed for n in others)
-                if labels.count(name) != 1 or not known:
-                    continue
-                place = labels.index(name)
-                both = [units((labels, x), place, name, within)[0] for x in (ours, theirs)]
-                rows[letters[places[0]] == "i"].append(both)
-        # What comes in, as in the paper; what goes out only where nothing is known of that.
-        chosen = rows[False] or rows[True]
-        if not chosen:
+            walk.solve(name)
+            if name not in written:
+                continue
+            place = written.index(name)
+            found = Maps({stream: walk.maps.reads[name]}, {stream: walk.maps.writes[name]})
+            now = _mixed(now, found, weights[place - 1]) if place else found
+            if place and read[place]:
+                walk.set(read[place], now.reads[stream], now.writes[stream])
+    return own, walk.maps
+
+
+def _roots(symmetries: Symmetries, leaf: str) -> list[str]:
+    """The groups over a leaf that are solved with all that lies within them."""
+    names = dict.fromkeys(n for axis in symmetries.axes.get(leaf, ()) for n in groups_of(axis))
+    groups = symmetries.groups
+    return [
+        n for n in movable(symmetries)
+        if n in names and all(groups[o].fixed for o in groups[n].within)
+    ]  # fmt: skip
+
+
+def _places(
+    symmetries: Symmetries, infos: Mapping[str, LeafInfo], order: Sequence[str], stream: str
+) -> list[tuple[list[str], list[str]]]:
+    """For every layer that writes into the stream its leaves, and those that read behind it."""
+    places: list[tuple[list[str], list[str]]] = []
+    for leaf in order:
+        sides = [
+            (infos[leaf].layout or "o" * len(infos[leaf].shape))[i]
+            for i, axis in enumerate(symmetries.axes.get(leaf, ()))
+            if leaf in infos and stream in groups_of(axis)
+        ]
+        if not sides:
+            continue
+        if len(set(sides)) > 1:
             raise MergeError(
-                f"optimal_transport: nothing is known of group '{name}' given the others; pass "
-                "`joint` (mj.collect.joint_gram), or pin the group"
+                f"layerwise_transport: layer '{leaf}' leads from the stream to itself, so there is "
+                "no place between; take optimal_transport"
             )
-        a, b = (np.concatenate([pair[k] for pair in chosen], axis=-1) for k in (0, 1))
-        a, b = (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-30) for x in (a, b))
-        flat_a, flat_b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
-        cosine = np.einsum("anr,bmr->abnm", flat_a, flat_b, optimize=True)
-        return (2 - 2 * cosine).reshape(*a.shape[:-2], *b.shape[:-2], a.shape[-2], b.shape[-2])
+        kernel = infos[leaf].role in ("kernel", "convolution", "embedding")
+        if (kernel and sides[0] == "o") or not places:
+            places.append(([leaf], []))
+        elif leaf.rpartition("/")[0] == places[-1][0][0].rpartition("/")[0] and not kernel:
+            places[-1][0].append(leaf)
+        else:
+            places[-1][1].append(leaf)
+    return places
 
-    def listen(self, joint: Mapping[str, Any]) -> None:
-        """Squared distances of standardised activations, summed over the layers that read them."""
-        for name, q in joint.items():
-            if name not in self.reference:
-                raise MergeError(
-                    f"joint Gram matrix of '{name}': no leaf that is aligned has this name, "
-                    f"{did_you_mean(name, self.reference)}"
-                )
-            kernels = self.reference[name], self.moved[name]
-            labels: tuple[str | None, ...] = ()
-            grids = []
-            for one, kernel in zip((self.symmetries, self.own), kernels, strict=True):
-                labels, places = input_labels(one, name, kernel, "flax")
-                grids.append(places)
-            count = grids[0].size
-            if len(q) != count + grids[1].size + 1:
-                raise MergeError(
-                    f"joint Gram matrix of '{name}' has {len(q)} rows, expected "
-                    f"{count + grids[1].size + 1}; collect it again with these two models"
-                )
-            found = similarity(
-                np.asarray(q, np.float64), "correlation", slice(count), slice(count, -1)
+
+def _weights(residual: str | Sequence[Any], sums: int) -> list[Any]:
+    """Of the branch in every sum; None for the identity."""
+    words = {"mean": 0.5, "branch": 1.0, "stream": 0.0, "identity": None}
+    if isinstance(residual, str):
+        if residual not in words:
+            raise MergeError(
+                f"layerwise_transport: residual is '{residual}', {did_you_mean(residual, words)}; "
+                "or give a weight for each sum"
             )
-            chosen = found[np.ix_(grids[0].ravel(), grids[1].ravel())]
-            grid = chosen.reshape(*grids[0].shape, *grids[1].shape)
-            for group in {n for n in labels if n is not None}:
-                distance = self._distance(group, labels, grid)
-                if distance is not None:
-                    self.heard[group] = self.heard.get(group, np.zeros(())) + distance
+        return [words[residual]] * sums
+    if len(residual) != sums:
+        raise MergeError(
+            f"layerwise_transport: residual has {len(residual)} weights, the stream has {sums} sums"
+        )
+    return [np.asarray(weight, np.float64) for weight in residual]
 
-    def _distance(self, group: str, labels: Any, grid: np.ndarray) -> np.ndarray | None:
-        within = self.own.groups[group].within
-        kept = {group, *within}
-        if any(n is not None and n not in kept for n in labels) or not kept <= set(labels):
-            return None
-        rank = len(labels)
-        theirs = list(range(rank))
-        ours = [i if labels[i] is None else i + rank for i in range(rank)]
-        outer = [labels.index(n) for n in within]
-        place = labels.index(group)
-        output = [*(i + rank for i in outer), *outer, place + rank, place]
-        count = int(np.prod([grid.shape[i] for i in range(rank) if labels[i] is None]))
-        return 2 * count - 2 * np.einsum(grid, [*theirs, *ours], output)
+
+def _mixed(stream: Maps, branch: Maps, weight: Any) -> Maps:
+    def mixed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+        if weight is None:
+            return {name: np.eye(*x.shape) for name, x in new.items()}
+        return {name: (1 - weight) * old[name] + weight * x for name, x in new.items()}
+
+    return Maps(mixed(stream.reads, branch.reads), mixed(stream.writes, branch.writes))

@@ -21,6 +21,7 @@ def keep_apart(
 
     Of n matched units, the :math:`n - \lfloor rn\rfloor` with the largest scores are joined; the
     others follow, one block per expert: [joined | own units of the first | of the second | ...].
+    A head, or any other unit with units of its own within, is kept apart with all of them.
 
     Args:
         symmetries: of the experts.
@@ -50,18 +51,27 @@ def keep_apart(
         *({**identity(symmetries), **m.permutations} for m in matchings),
     ]
     for name, ratio in shares.items():
-        n = symmetries.groups[name].size
-        apart = int(np.floor(ratio * n + 1e-9))
+        n, apart = symmetries.groups[name].size, _units(symmetries, name, ratio)
         if not apart:
             continue
         score = sum(np.asarray(m.scores[name], np.float64) for m in matchings)
         order = np.argsort(-np.asarray(score), kind="stable")
         joined, own = np.sort(order[: n - apart]), np.sort(order[n - apart :])
+        inside = [n for n, group in symmetries.groups.items() if name in group.within]
         for k, permutations in enumerate(several):
             blocks = np.full((len(several), apart), -1, np.int32)
             blocks[k] = permutations[name][own]
             permutations[name] = np.concatenate([permutations[name][joined], blocks.ravel()])
+            for inner in inside:  # every place, own or empty, keeps what lies within its unit
+                places = np.concatenate([joined, np.tile(own, len(several))])
+                axis = symmetries.groups[inner].within.index(name)
+                permutations[inner] = np.take(permutations[inner], places, axis)
     return several
+
+
+def _units(symmetries: Symmetries, name: str, ratio: float) -> int:
+    """How many units of a group a ratio keeps apart."""
+    return int(np.floor(ratio * symmetries.groups[name].size + 1e-9))
 
 
 def check_ratios(symmetries: Symmetries, ratios: Ratios) -> dict[str, float]:
@@ -71,8 +81,8 @@ def check_ratios(symmetries: Symmetries, ratios: Ratios) -> dict[str, float]:
         problems = [
             f"ratio of '{name}': "
             + (
-                "a norm, a softmax or other groups lie over its units, so it cannot be widened; "
-                "leave it out"
+                "a norm or a softmax lies over its units, or they lie within others, so it "
+                "cannot be widened; leave it out"
                 if name in symmetries.groups
                 else f"no group has this name, {did_you_mean(name, widening)}"
             )
@@ -138,7 +148,11 @@ def cost(
     for info in kernels:
         size = info.size * times[info.name]
         axes = symmetries.axes.get(info.name, ())
-        apart = [shares.get(name, 0.0) for axis in axes for name in groups_of(axis)]
+        apart = [
+            _units(symmetries, name, shares.get(name, 0.0)) / symmetries.groups[name].size
+            for axis in axes
+            for name in groups_of(axis)
+        ]
         joined = float(np.prod([1 - r for r in apart]))
         whole += size
         # A weight is there once if both ends are joined, else once for each expert.
@@ -208,22 +222,23 @@ def ratios_for(
     if scores is None:
         even = [dict.fromkeys(names, i / steps) for i in range(steps + 1)]
         fitting = [r for r in even if spent(r) <= budget + 1e-9]
-        return fitting[-1]
+        return max(fitting, key=spent)  # the first of those that keep the same units apart
     ratios = dict.fromkeys(names, 0.0)
+    strides = {n: max(step, 1 / symmetries.groups[n].size) for n in names}  # at least a unit
     while True:
         now = spent(ratios)
         options = []
         for name in names:
-            if ratios[name] > 1 - step / 2:
+            if ratios[name] > 1 - strides[name] / 2:
                 continue
-            wider = {**ratios, name: min(ratios[name] + step, 1.0)}
+            wider = {**ratios, name: min(ratios[name] + strides[name], 1.0)}
             more = spent(wider)
             if more <= budget + 1e-9:
                 options.append((_lost(scores[name], wider[name]) / (more - now + 1e-12), name))
         if not options:
             return ratios
         name = max(options)[1]
-        ratios[name] = min(ratios[name] + step, 1.0)
+        ratios[name] = min(ratios[name] + strides[name], 1.0)
 
 
 def _lost(scores: np.ndarray, ratio: float) -> float:

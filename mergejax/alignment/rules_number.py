@@ -90,6 +90,7 @@ def _argument(state: State, equation: Any, inputs: Sequence[Value]) -> list[Valu
 @rule("top_k")
 def _top(state: State, equation: Any, inputs: Sequence[Value]) -> list[Value]:
     *others, last = inputs[0].axes
+    state.reduced.append(last)
     used_as_numbers(inputs[0], "its positions are used as numbers")
     axes = (*others, fixed(equation.params["k"], "it is sorted by 'top_k'"))
     return [Value(axes), Value(axes, last)]

@@ -25,7 +25,8 @@ class Group:
             as every head has its own head dimensions and every expert its own hidden units.
         fixed: whether it is never permuted, but other groups lie within it (stacked layers).
         widens: whether some of its units may be kept apart, which adds units. Not so where a norm,
-            a softmax or a mean runs over them: more units change its statistics.
+            a softmax or a mean runs over them: more units change its statistics. Nor for units
+            within others; those of a head that is kept apart go with it.
     """
 
     size: int

@@ -65,10 +65,19 @@ def _apply(state: State, equation: Any, inputs: Sequence[Value]) -> list[Value]:
         return _scan(state, equation, inputs)
     if name == "cond":
         return _branches(state, equation, inputs)
-    inner = [equation.params[key] for key in _INNER if key in equation.params]
-    if inner and name != "while" and len(_open(inner[0])[0].invars) == len(inputs):
-        return follow(state, *_open(inner[0]), inputs)
+    inner = inner_program(equation)
+    if inner is not None:
+        return follow(state, *inner, inputs)
     return RULES.get(name, unknown)(state, equation, inputs)
+
+
+def inner_program(equation: Any) -> tuple[Any, Sequence[Any]] | None:
+    """The jaxpr that an operation calls with its own inputs, and constants; None without one."""
+    inner = [equation.params[key] for key in _INNER if key in equation.params]
+    if not inner or equation.primitive.name == "while":
+        return None
+    jaxpr, consts = _open(inner[0])
+    return (jaxpr, consts) if len(jaxpr.invars) == len(equation.invars) else None
 
 
 def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

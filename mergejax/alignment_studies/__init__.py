@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from mergejax import data, workdir
-from mergejax.alignment_studies import barrier, dimat, moe, widths
+from mergejax.alignment_studies import barrier, dimat, moe, vit, widths
 from mergejax.checkpoints import fingerprint
 from mergejax.errors import MergeError, did_you_mean
 
@@ -25,6 +25,7 @@ STUDIES: Mapping[str, Any] = {
     "barrier": barrier,
     "dimat": dimat,
     "moe": moe,
+    "vit": vit,
     "widths": widths,
 }
 

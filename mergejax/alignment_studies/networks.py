@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from mergejax import alignment, fit
+from mergejax.alignment_studies.transformers import Transformer
 from mergejax.checkpoints import orbax
 from mergejax.data.task import Split
 from mergejax.progress import Reporter
@@ -223,10 +224,18 @@ def function(model: nn.Module) -> Any:
     return jax.jit(lambda variables, images: model.apply(variables, images))
 
 
-KINDS: Mapping[str, Callable[..., nn.Module]] = {"perceptron": Perceptron, "residual": Residual}
+KINDS: Mapping[str, Callable[..., nn.Module]] = {
+    "perceptron": Perceptron,
+    "residual": Residual,
+    "transformer": Transformer,
+}
 
 
 def build(settings: Mapping[str, Any], classes: int) -> nn.Module:
     """The module of a network that a config describes by `kind` and its widths."""
-    widths = {n: tuple(x) for n, x in settings.items() if n not in ("kind", "task")}
+    widths = {
+        n: x if isinstance(x, int) else tuple(x)
+        for n, x in settings.items()
+        if n not in ("kind", "task")
+    }
     return KINDS[settings["kind"]](**widths, classes=classes)

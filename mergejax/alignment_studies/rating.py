@@ -1,7 +1,7 @@
 """How merged networks are rated: accuracy by their own head or by probes, multiplications."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -97,10 +97,12 @@ def _probe(x: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
 
 
 def multiplications(model: nn.Module, variables: Tree, images: np.ndarray) -> float:
-    """Weights of all layers that are not zero, each as often as pixels it is applied to."""
-    kernels = {f"params/{n}/kernel": x.get("kernel") for n, x in variables["params"].items()}
-    times = uses(model, variables, images)
-    return sum(times[name] * float(np.count_nonzero(kernels[name])) for name in times)
+    """Weights of all layers that are not zero, each as often as it is applied (pixels, tokens)."""
+    times, params = uses(model, variables, images), variables["params"]
+    return sum(
+        often * float(np.count_nonzero(params[name.split("/")[1]]["kernel"]))
+        for name, often in times.items()
+    )
 
 
 def uses(model: nn.Module, variables: Tree, images: np.ndarray) -> dict[str, float]:
@@ -113,5 +115,5 @@ def uses(model: nn.Module, variables: Tree, images: np.ndarray) -> dict[str, flo
     return {
         f"params/{name}/kernel": float(np.prod(outputs[name]["__call__"][0].shape[1:-1]))
         for name, layer in params.items()
-        if "kernel" in layer
+        if isinstance(layer, Mapping) and "kernel" in layer
     }

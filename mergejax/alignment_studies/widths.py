@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from mergejax import alignment, api, fit
-from mergejax.alignment_studies import networks, rating, tables
+from mergejax.alignment_studies import costs, networks, rating
 from mergejax.collect import joint_gram
 from mergejax.data.task import Split, Task
 from mergejax.errors import MergeError
@@ -163,57 +163,12 @@ def compare(
 
 def table(records: Sequence[Record]) -> str:
     """Accuracy and cost, mean ± spread over seeds, in Markdown."""
-    pairs = list(dict.fromkeys(r["pair"] for r in records))
-    rows = []
-    for method, budget in dict.fromkeys((r["method"], r.get("budget")) for r in records):
-        mine = [r for r in records if (r["method"], r.get("budget")) == (method, budget)]
-        several = [[r for r in mine if r["pair"] == pair] for pair in pairs]
-        cells = [tables.spread([r["accuracy"] for r in some]) for some in several]
-        costs = [tables.spread([r["cost"] for r in some], 1, 2) for some in several]
-        name = f"{method}, budget {budget}" if budget else method
-        rows.append([name, *(x for both in zip(cells, costs, strict=True) for x in both)])
-    return tables.markdown(
-        ["method", *(x for pair in pairs for x in (pair.replace("_", " "), "cost"))], rows
-    )
+    return costs.table(records)
 
 
 def picture(records: Sequence[Record]) -> Any:
     """Accuracy over multiplications, one panel for each pair."""
-    from matplotlib import figure
-
-    from mergejax.eval.plots import BLUE, GREY, ORANGE
-
-    pairs = list(dict.fromkeys(r["pair"] for r in records))
-    canvas = figure.Figure(figsize=(4.6 * len(pairs), 3.8), dpi=150, layout="constrained")
-    for axes, pair in zip(canvas.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
-        mine = [r for r in records if r["pair"] == pair]
-
-        def points(method: str, mine: Sequence[Record] = mine) -> np.ndarray:
-            found = [r for r in mine if r["method"] == method]
-            budgets = dict.fromkeys(r.get("budget") for r in found)
-            rows = []
-            for budget in budgets:
-                some = [r for r in found if r.get("budget") == budget]
-                accuracy = [100 * r["accuracy"] for r in some]
-                rows.append([np.mean([r["cost"] for r in some]), np.mean(accuracy),
-                             np.std(accuracy)])  # fmt: skip
-            return np.array(rows).T
-
-        for method, colour in (("PLeaS", BLUE), ("joined", GREY)):
-            x, y, width = points(method)
-            label = method if method == "PLeaS" else "the same units, no regression"
-            axes.errorbar(x, y, width, fmt="o-", color=colour, markersize=4, capsize=2, label=label)
-        marks = (("average", "v"), ("Re-Basin", "s"), ("activation matching", "D"),
-                 ("ZipIt", "^"), ("ensemble", "*"), ("ensemble, new statistics", "P"))  # fmt: skip
-        for method, mark in marks:
-            x, y, width = points(method)
-            axes.errorbar(x, y, width, fmt=mark, color=ORANGE, fillstyle="none", markersize=6,
-                          capsize=2, label=method)  # fmt: skip
-        axes.set_title(pair.replace("_", " "), fontsize=10, loc="left")
-        axes.set_xlabel("multiplications, one network = 1", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    canvas.axes[0].set_ylabel("test accuracy in %", fontsize=9)
-    handles, labels = canvas.axes[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    return canvas
+    curves = {"PLeaS": "PLeaS", "joined": "the same units, no regression"}
+    marks = ("average", "Re-Basin", "activation matching", "ZipIt", "ensemble",
+             "ensemble, new statistics")  # fmt: skip
+    return costs.picture(records, curves, marks)

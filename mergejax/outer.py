@@ -64,7 +64,7 @@ def search_groups(
     the prior's precision and the scaling of each group of modules; what their optimiser is, is not
     known.
     """
-    _check(groups, space, trials)
+    check(groups, space, trials)
     names = [(parameter, group) for parameter in space for group in groups]
     logs = np.array([space[parameter][2] == "log" for parameter, _ in names])
     bounds = np.array([space[parameter][:2] for parameter, _ in names], np.float64)
@@ -90,7 +90,12 @@ def search_groups(
     return Found(rules(best), value, [(rules(point), each) for point, each in tried])
 
 
-def _check(groups: Sequence[str], space: Mapping[str, Any], trials: int) -> None:
+def check(groups: Sequence[str], space: Mapping[str, Any], trials: int) -> None:
+    """Refuses what `search_groups` cannot search.
+
+    Raises:
+        MergeError: see there.
+    """
     problems = []
     if not groups:
         problems.append("search_groups has no group; name some, and '.*' for all other leaves")

@@ -16,6 +16,7 @@ import optax
 
 from mergejax import (
     api,
+    bayesian_groups,
     block_by_block,
     calibration,
     collect,
@@ -111,6 +112,15 @@ def preferences(
         "host": scores(body, untouched),
         "experts": own,
     }
+
+
+def grouped(
+    job: preflight.Job, trained: train.Trained, settings: ml_collections.ConfigDict
+) -> tuple[Right, str]:
+    """Bayesian model merging with values for each group of layers, searched on validation."""
+    body, chain = bayesian_groups.search(job, trained, settings)
+    head = predict.join_heads(trained.heads, list(job.tasks))
+    return lambda images: predict.right(job.model, body, head, images), chain
 
 
 def surgery(
@@ -224,6 +234,7 @@ PROCEDURES: Mapping[str, Callable[..., tuple[Right, str]]] = {
     "featcal": _blockwise(
         *(f"featcal(scaling={s}, ridge={r})" for s in (0.15, 0.3) for r in (0.05, 0.5))
     ),
+    bayesian_groups.NAME: grouped,
     "react": react,
     "surgery": surgery,
     "localize_and_stitch_trained": localized,
@@ -236,12 +247,14 @@ BLOCKWISE = ("regmean_plus_plus", "featcal")
 
 
 def check(job: preflight.Job, names: Sequence[str]) -> None:
-    """Refuses procedures that the job's model is not made for.
+    """Refuses procedures that the job's model or config is not made for.
 
     Raises:
         MergeError: names each of them.
     """
     known = isinstance(job.model, vit.VisionTransformer)
+    if bayesian_groups.NAME in names:
+        bayesian_groups.check(job)
     raise_all(
         [
             f"config.methods: '{name}' merges block by block, and the blocks of "

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import api, calibration, chains, errors, language, registry
+from mergejax.outer import simplex_points
 
 Tree = Any
 EMPHASIS = "emphasis"  # a weight that each expert in turn has, the others having 1
+COEFFICIENTS = "coefficients"  # how many points of the simplex, as weights of the experts
 
 
 class Recipe(NamedTuple):
@@ -27,6 +29,16 @@ class Recipe(NamedTuple):
     grid: Mapping[str, tuple[Any, ...]]
 
 
+# A value for each group of layers: no grid, see `mergejax.bayesian_groups`.
+GROUPED: dict[str, dict[str, Any]] = {
+    "bayesian_groups": {
+        "groups": ("attention/(query|key|value)", "attention", ".*"),
+        "ridge": (1e-3, 1e2),
+        "scaling": (0.5, 2.5),
+        "anchor_scaling": 0.3,
+        "trials": 50,
+    }
+}
 SPECTRAL = (0.3, 0.5, 0.8, 1.0, 1.3, 1.6, 2.0)  # scalings
 RECIPES: dict[str, Recipe] = {
     "linear": Recipe("linear(weights={emphasis})", {EMPHASIS: (0.5, 2.0, 4.0)}),
@@ -59,6 +71,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "slerp": Recipe("slerp(t={t})", {"t": (0.3, 0.4, 0.5, 0.6, 0.7)}),
     "fisher": Recipe("fisher(floor={floor})", {"floor": (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)}),
+    # The authors' search of the coefficients: a grid for two experts, else draws.
+    "fisher_coefficients": Recipe("fisher(weights={coefficients})", {COEFFICIENTS: (51,)}),
     "regmean": Recipe("regmean(shrink={shrink})", {"shrink": (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0)}),
     "opcm": Recipe("opcm(alpha={alpha})", {"alpha": (0.3, 0.5, 0.7)}),
     "consensus": Recipe(
@@ -88,8 +102,10 @@ FEW = (
 )
 
 
-def grids(limit: int | None = None) -> dict[str, dict[str, tuple[Any, ...]]]:
+def grids(limit: int | None = None) -> dict[str, dict[str, Any]]:
     """The values to try, by method and parameter; a config's `search` starts from a copy.
+
+    Behind them stands how `GROUPED` is searched.
 
     Args:
         limit: how many values of each parameter to keep at most, the middles of equal parts; None
@@ -105,10 +121,11 @@ def grids(limit: int | None = None) -> dict[str, dict[str, tuple[Any, ...]]]:
         places = (np.arange(count) + 0.5) * len(values) / count - 0.5
         return tuple(values[i] for i in places.round().astype(int))
 
-    return {
+    values = {
         name: {parameter: thinned(values) for parameter, values in recipe.grid.items()}
         for name, recipe in RECIPES.items()
     }
+    return values | {name: dict(settings) for name, settings in GROUPED.items()}
 
 
 def known() -> list[str]:
@@ -167,10 +184,7 @@ def settings(method: str, grid: Mapping[str, Any], experts: int) -> list[str]:
     if method not in RECIPES:
         language.parse(method)
         return [method if "(" in method else f"{method}()"]
-    values = {
-        name: _emphasised(found, experts) if name == EMPHASIS else tuple(found)
-        for name, found in grid[method].items()
-    }
+    values = {name: _listed(name, found, experts) for name, found in grid[method].items()}
     points = itertools.product(*values.values())
     template = RECIPES[method].template
     found = [template.format(**dict(zip(values, point, strict=True))) for point in points]
@@ -179,6 +193,14 @@ def settings(method: str, grid: Mapping[str, Any], experts: int) -> list[str]:
     if not found:
         raise errors.MergeError(f"config.search.{method}: there is no value to try; give one")
     return list(dict.fromkeys(found))
+
+
+def _listed(parameter: str, values: Sequence[Any], experts: int) -> tuple[Any, ...]:
+    if parameter == EMPHASIS:
+        return _emphasised(values, experts)
+    if parameter == COEFFICIENTS:
+        return tuple(point for count in values for point in simplex_points(experts, count))
+    return tuple(values)
 
 
 def _emphasised(values: Sequence[float], experts: int) -> tuple[list[float], ...]:

@@ -29,6 +29,8 @@ SMALL = (
     "--config.search.task_arithmetic.scaling=(0.2, 0.5, 0.9)",
     "--config.search.ties.density=(0.3, 1.0)",
     "--config.search.ties.scaling=(0.5, 1.0)",
+    "--config.search.fisher_coefficients.coefficients=(5,)",
+    "--config.search.bayesian_groups.trials=4",
 )
 METHODS = "--config.methods=('average', 'task_arithmetic', 'ties')"
 
@@ -79,8 +81,8 @@ def runs(workdir):
     more = launch(
         workdir,
         *SMALL,
-        "--config.methods=('regmean', 'regmean_plus_plus', 'featcal', "
-        "'drop(rate=0.3)|ties(density=0.5)')",
+        "--config.methods=('regmean', 'regmean_plus_plus', 'featcal', 'fisher_coefficients', "
+        "'bayesian_groups', 'drop(rate=0.3)|ties(density=0.5)')",
     )
     return {
         "workdir": workdir,
@@ -210,12 +212,18 @@ def check_other_methods_are_added(story):
     results = read(story["workdir"] / "results.json")
     rows = {row["name"]: row for row in results["models"]}
     former = {row["name"]: row for row in story["results"]["models"]}
-    blockwise = {"regmean_plus_plus", "featcal"}
-    assert set(rows) - set(former) == {"regmean", "drop(rate=0.3)|ties(density=0.5)", *blockwise}
+    blockwise, searched = {"regmean_plus_plus", "featcal"}, {"fisher_coefficients"}
+    grouped, chain = "bayesian_groups", "drop(rate=0.3)|ties(density=0.5)"
+    assert set(rows) - set(former) == {"regmean", chain, grouped, *searched, *blockwise}
     average = rows["average"]["mean"]["value"]
     assert all(rows[name]["kind"] == "procedure" for name in blockwise)
     assert all(rows[name]["mean"]["value"] > average for name in blockwise)
     assert rows["featcal"]["chain"].startswith("featcal(scaling=")
+    record = read(story["workdir"] / "results" / "fisher_coefficients.json")
+    assert len(record["search"]["validation"]) == 5
+    assert record["chain"] in record["settings"]
+    assert record["search"]["programs"] == 1
+    assert re.match(r"bayesian\(ridge=by_name\(.*scaling=by_name", rows[grouped]["chain"])
     lost = rows["regmean"]["without_statistics"]
     assert "norm/scale" in lost
     assert "block_0/attention/out/bias" in lost
@@ -227,7 +235,7 @@ def check_other_methods_are_added(story):
     assert rows["regmean"]["settings"] == 7
     assert rows["drop(rate=0.3)|ties(density=0.5)"]["given"]
     assert "collect gram" in more.stdout
-    assert "fisher" not in more.stdout
+    assert not {"norm_square", "output_gram"} & set(more.stdout.split())  # nobody needs them
 
 
 def check_pictures_are_whole(story):

@@ -116,6 +116,18 @@ def test_emphasis_gives_each_expert_in_turn_a_weight():
     ]
 
 
+def test_coefficients_are_a_grid_of_two_and_draws_of_more():
+    grid = {"fisher_coefficients": {"coefficients": (3,)}}
+    assert search.settings("fisher_coefficients", grid, experts=2) == [
+        f"fisher(weights={weights})" for weights in ([0.0, 1.0], [0.5, 0.5], [1.0, 0.0])
+    ]
+    found = [mj.parse(chain) for chain in search.settings("fisher_coefficients", grid, experts=3)]
+    assert len(found) == 3
+    grid = {"fisher_coefficients": {"coefficients": (1,)}}
+    with pytest.raises(mj.MergeError, match="expected at least one expert and two points"):
+        search.settings("fisher_coefficients", grid, experts=3)
+
+
 @pytest.mark.parametrize(
     ("method", "sentence"),
     [

@@ -159,6 +159,14 @@ def _filled(x: np.ndarray, length: int) -> np.ndarray:
     return x if x.size >= length else np.concatenate([x, np.zeros(length - x.size, x.dtype)])
 
 
+def _narrow(x: np.ndarray) -> np.ndarray:
+    """Values as they are computed with: no float64, whose largest become infinite."""
+    if x.dtype != np.float64:
+        return x
+    with np.errstate(over="ignore", invalid="ignore"):  # also what stands behind a piece
+        return x.astype(np.float32)
+
+
 def start_of(index: int) -> np.ndarray:
     """The index of an element as two uint32 halves, low and high."""
     return np.array([index & 0xFFFFFFFF, index >> 32], np.uint32)
@@ -282,7 +290,10 @@ class Runner:
 
     def _look_at(self, work: Work, values: Sequence[np.ndarray]) -> list[tuple[str, int]]:
         """Looks for values that are not finite in what was read."""
-        if work.program is None or all(map(files.is_finite, values)):
+        if work.program is None:
+            return []
+        values = [_narrow(x) for x in values]
+        if all(map(files.is_finite, values)):
             return []
         self.broken.set()
         counts = [(o, files.count_non_finite(x)) for o, x in zip(work.owners, values, strict=True)]
@@ -294,7 +305,7 @@ class Runner:
         placed, leaf, local = work.program
         if not work.length:
             values = [x.reshape(work.info.shape) for x in values]
-        values = [x.astype(np.float32) if x.dtype == np.float64 else x for x in values]
+        values = [_narrow(x) for x in values]
         leaf = leaf.replace(start=start_of(start), base=values[0] if self._has_base else None)
         if work.length:
             size = values[0].size

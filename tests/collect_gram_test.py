@@ -476,7 +476,9 @@ def test_nnx_scanned_layers_give_one_gram_each():
 def test_nnx_classes_are_restored_when_the_model_fails():
     model = Linears(nnx.Rngs(0))
     before = nnx.Linear.__call__
-    with pytest.raises(TypeError):
+    with pytest.raises(
+        ValueError, match=r"gram: the model does not run on batch 1 \(float32\[3,7\]"
+    ):
         gram(model, None, [normal(3, 7)])
     assert nnx.Linear.__call__ is before
 

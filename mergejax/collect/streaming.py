@@ -80,7 +80,7 @@ def running(caller: str, name: str, batch: Any) -> Iterator[None]:
     try:
         yield
     except (FlaxError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, MergeError):
+        if isinstance(error, MergeError | jax.errors.UnexpectedTracerError):
             raise
         shown = ", ".join(
             f"{x.dtype}[{','.join(map(str, x.shape))}]" if hasattr(x, "shape") else repr(x)[:20]

@@ -182,27 +182,29 @@ def table(records: Sequence[Record]) -> str:
 
 
 def picture(records: Sequence[Record]) -> Any:
-    """Accuracy over parameters, as merged and after training."""
+    """Accuracy as merged and after training, a line for each method and its size."""
     from matplotlib import figure
 
-    from mergejax.eval.plots import BLUE, GREY, ORANGE
+    from mergejax.eval.plots import BLUE, ORANGE
 
-    canvas = figure.Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
-    axes = canvas.subplots()
-    marks = dict(zip(dict.fromkeys(r["method"] for r in records), "*vsD^oP", strict=True))
-    for method, mark in marks.items():
+    methods = list(dict.fromkeys(r["method"] for r in records))
+    canvas = figure.Figure(figsize=(6.4, 3.4), dpi=150, layout="constrained")
+    axes, names = canvas.subplots(), []
+    for place, method in enumerate(methods):
         mine = [r for r in records if r["method"] == method]
-        for name, colour, fill in (("merged", ORANGE, "none"), ("trained", BLUE, "full")):
-            y = [100 * r[name] for r in mine if r[name] is not None]
-            x = [r["parameters"] / 1000 for r in mine if r[name] is not None]
-            if y:
-                colour = GREY if method == "eight experts" else colour
-                axes.errorbar(np.mean(x), np.mean(y), np.std(y), np.std(x), fmt=mark, color=colour,
-                              fillstyle=fill, capsize=2, markersize=6, linestyle="none",
-                              label=f"{method}, trained" if fill == "full" else method)  # fmt: skip
-    axes.set_xlabel("thousand parameters", fontsize=9)
-    axes.set_ylabel("test accuracy in %", fontsize=9)
+        names.append(f"{method}, {np.mean([r['parameters'] for r in mine]) / 1000:.0f} k")
+        for name, colour, mark in (("merged", ORANGE, "o"), ("trained", BLUE, "D")):
+            found = [100 * r[name] for r in mine if r[name] is not None]
+            if found:
+                axes.errorbar(np.mean(found), place, xerr=np.std(found), fmt=mark, color=colour,
+                              capsize=2, markersize=5, linestyle="none")  # fmt: skip
+    for colour, mark, label in ((ORANGE, "o", "as merged"), (BLUE, "D", "trained again")):
+        axes.plot([], [], mark, color=colour, markersize=5, label=label)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_xlabel("test accuracy in %", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    canvas.legend(loc="outside right upper", fontsize=8, frameon=False)
+    canvas.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return canvas

@@ -285,6 +285,12 @@ def test_batches_that_do_not_fit_are_said(data):
         fisher(logits, params, iter([]))
     with pytest.raises(ValueError, match=r"first axes \[\(20,\), \(21,\)\]"):
         fisher(logits, params, [(inputs, labels[:20])])
+    with pytest.raises(ValueError, match=r"first axes \[\(0,\)\], expected .* at least one"):
+        fisher(logits, params, [(inputs[:0], labels[:0])])
+    with pytest.raises(ValueError, match="fisher: the model does not run on batch 1"):
+        fisher(logits, params, [(inputs[:, :1], labels)])
+    with pytest.raises(ValueError, match="fisher: the batches are 5, expected an iterable"):
+        fisher(logits, params, 5)
 
 
 # Sequences

@@ -71,9 +71,10 @@ def cross_gram(
         make, function = _nnx_statistic, Function(nnx_parts(model, params)[0], False)
     else:
         make, function = _linen_statistic, as_function(model, params)[0]
+    count = length(batches, "cross_gram")
     items = ((batch, row_weights(mask, batch, "cross_gram")) for batch in batches)
     told = progress, "cross_gram"
-    found = total(make, function, (), (params, other), items, length(batches), told)
+    found = total(make, function, (), (params, other), items, count, told)
     again = [name for name, (_, _, more) in found.items() if np.any(np.asarray(more) > 0)]
     if again:
         raise MergeError(
@@ -132,7 +133,7 @@ def representations(
     """
     function, params = as_function(model, params)
     run = jax.jit(function.call)
-    found = []
+    count, found = length(batches, "representations"), []
     for done, batch in enumerate(batches, start=1):
         found.append(np.asarray(run(params, batch)))
         if not np.isfinite(found[-1]).all():
@@ -141,7 +142,7 @@ def representations(
                 "the parameters"
             )
         if progress:
-            progress(done, length(batches), "representations")
+            progress(done, count, "representations")
     if not found:
         raise MergeError("representations: there is no batch; pass at least one")
     return np.concatenate(found)

@@ -57,8 +57,9 @@ def joint_gram(
     if len(several) < 2:
         raise MergeError(f"joint_gram: there are {len(several)} models; give at least two")
     make, function = _statistic(model, several[0])
+    count = length(batches, "joint_gram")
     items = (len(several) * [batch] for batch in batches)
-    sums = total(make, function, (), several, items, length(batches), (progress, "joint_gram"))
+    sums = total(make, function, (), several, items, count, (progress, "joint_gram"))
     return _means(sums, "joint_gram")
 
 
@@ -130,8 +131,9 @@ def drift(
     Source: FeatCal, 2026, arXiv:2605.13030.
     """
     make, function = _statistic(model, student)
+    count = length(batches, "drift")
     several, items = [student, expert], (list(pair) for pair in batches)
-    sums = total(make, function, (), several, items, length(batches), (progress, "drift"))
+    sums = total(make, function, (), several, items, count, (progress, "drift"))
     return _means(sums, "drift")
 
 

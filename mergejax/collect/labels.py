@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergejax.collect.streaming import Mask, row_weights
+from mergejax.collect.streaming import Mask, row_weights, running
 from mergejax.errors import MergeError, did_you_mean, raise_all
 
 ESTIMATORS = ("exact", "sampled", "empirical")
@@ -48,15 +48,16 @@ def labelled(
     token of sequences, and may do so, targets are (labels, weights) of tokens.
     """
     start = 0
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
         sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-        if len(sizes) != 1 or sizes == {()}:
+        if len(sizes) != 1 or sizes <= {(), (0,)}:
             raise MergeError(
                 f"{caller}: the arrays of a batch have first axes {sorted(sizes)}, expected the "
-                "same number of examples in all of them"
+                "same number of examples in all of them, at least one"
             )
         size = sizes.pop()[0]
-        shape = jax.eval_shape(function, params, batch)
+        with running(caller, f"batch {number}", batch):
+            shape = jax.eval_shape(function, params, batch)
         shape = getattr(shape, "shape", type(shape).__name__)
         if len(shape) not in (2, 2 + sequences) or shape[0] != size or shape[-1] < 2:
             wanted = " or [examples, tokens, classes]" if sequences else ""

@@ -5,7 +5,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,17 +17,13 @@ from mergejax.collect.streaming import (
     length,
     nnx_parts,
     row_weights,
+    running,
     total,
 )
 from mergejax.collect.taps import tap_linen, tap_nnx
 from mergejax.errors import MergeError, raise_all, some
 from mergejax.leaves import name_of, unmatched
 
-_LEAKS = (
-    jax.errors.UnexpectedTracerError,
-    flax.errors.JaxTransformError,
-    flax.errors.TraceContextError,
-)
 Sums = dict[str, tuple[Any, Any]]
 RowMask = Callable[[str, jax.Array], jax.Array | None]
 
@@ -101,27 +96,20 @@ def sums(
     items = lambda: ((batch, row_weights(mask, batch, caller)) for batch in batches)
     options = (measurement, exclude, row_mask)
     told = progress, caller
-    count = length(batches)
-    try:
-        if budget is None:
-            return total(make, function, (*options, None), params, items(), count, told)
-        if iter(batches) is batches:
-            raise MergeError(
-                f"{caller}: a budget takes several passes over the batches, but they can be read "
-                "once; pass a list"
-            )
-        found: Sums = {}
-        first = make(function.call, *options, None)
-        for only in _groups(caller, first, params, next(items(), None), budget):
-            part = total(make, function, (*options, only), params, items(), count, told)
-            found |= jax.device_get(part)
-        return found
-    except _LEAKS as error:
+    count = length(batches, caller)
+    if budget is None:
+        return total(make, function, (*options, None), params, items(), count, told)
+    if iter(batches) is batches:
         raise MergeError(
-            f"{caller}: a layer runs inside a JAX transform (jax.vmap, jax.checkpoint, "
-            "jax.lax.scan); call the model on whole batches, with Flax's own nn.remat, nn.scan, "
-            "nnx.remat, ..."
-        ) from error
+            f"{caller}: a budget takes several passes over the batches, but they can be read "
+            "once; pass a list"
+        )
+    found: Sums = {}
+    first = make(function.call, *options, None)
+    for only in _groups(caller, first, params, next(items(), None), budget):
+        part = total(make, function, (*options, only), params, items(), count, told)
+        found |= jax.device_get(part)
+    return found
 
 
 def _groups(
@@ -130,7 +118,8 @@ def _groups(
     """Leaf names that are summed together, in the order of the calls; None if there is no batch."""
     if item is None:
         return [None]
-    shapes = jax.eval_shape(statistic, params, item)
+    with running(caller, "batch 1", item[0]):
+        shapes = jax.eval_shape(statistic, params, item)
     sizes = {
         name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(value))
         for name, value in shapes.items()

@@ -107,7 +107,9 @@ def output_gram(
         )
     )
     options = (tap, estimator, exclude)
-    sums = total(_statistic, function, options, params, items, length(batches), (progress, CALLER))
+    sums = total(
+        _statistic, function, options, params, items, length(batches, CALLER), (progress, CALLER)
+    )
     return means(CALLER, sums, "output gradients", form=whole)
 
 

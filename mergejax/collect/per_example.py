@@ -51,7 +51,7 @@ def mean_over_examples(
         (form, tuple(names), estimator, microbatch),
         params,
         ((*item, drawn) for item in checked),
-        length(batches),
+        length(batches, caller),
         (progress, caller),
     )
     if not count > 0:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,11 @@ from flax.errors import FlaxError
 
 from mergejax.errors import MergeError
 
+_LEAKS = (
+    jax.errors.UnexpectedTracerError,
+    flax.errors.JaxTransformError,
+    flax.errors.TraceContextError,
+)
 Progress = Callable[[int, int, str], None]
 Mask = Callable[[Any], Any]
 
@@ -79,6 +85,12 @@ def running(caller: str, name: str, batch: Any) -> Iterator[None]:
     """
     try:
         yield
+    except _LEAKS as error:
+        raise MergeError(
+            f"{caller}: a layer runs inside a JAX transform (jax.vmap, jax.checkpoint, "
+            "jax.lax.scan); call the model on whole batches, with Flax's own nn.remat, nn.scan, "
+            "nnx.remat, ..."
+        ) from error
     except (FlaxError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, MergeError | jax.errors.UnexpectedTracerError):
             raise
@@ -104,8 +116,12 @@ def _steps(make: Callable[..., Any], *arguments: Hashable) -> tuple[Any, Any]:
     return statistic, jax.jit(add, donate_argnums=0)
 
 
-def length(batches: Iterable[Any]) -> int:
+def length(batches: Iterable[Any], caller: str) -> int:
     """How many batches there are, 0 where the iterable does not know."""
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise MergeError(
+            f"{caller}: the batches are {batches!r}, expected an iterable of them such as a list"
+        )
     return len(batches) if isinstance(batches, Sized) else 0
 
 

@@ -6,7 +6,8 @@ Gram matrices against the plain forward pass of the same batches, the diagonal F
 sampled labels against a batched backward pass, RegMean of all layers of eight experts against the
 reduction of FusionBench 0.2.33 in the interpreter given (on the same matrices, without its
 collection). Prints a Markdown table: seconds of the fastest run after a first, the ratio, and the
-growth of anonymous memory at its peak in GB. It runs on any device.
+growth of anonymous memory at its peak in GB; of the solve also the seconds of all processors
+together, which tell something where a machine is shared. It runs on any device.
 """
 
 import argparse
@@ -85,17 +86,21 @@ def fisher(given):
 
 
 def solve(given):
-    experts = [models.model("vit", 1 + i) for i in range(given.experts)]
-    grams = [models.grams("vit", i) for i in range(given.experts)]
+    # On the device, where `mj.collect.gram` leaves its results; otherwise copying them is measured.
+    place = lambda leaves: jax.tree.map(jnp.asarray, leaves)
+    experts = [place(models.model(given.size, 1 + i)) for i in range(given.experts)]
+    grams = [place(models.grams(given.size, i)) for i in range(given.experts)]
     ours = measure.cost(
         lambda: wait(mj.merge("regmean()", None, experts, stats={"gram": grams})), given.repeats
     )
     theirs = None
     if given.peer_python:
         theirs = methods.peer_cost(
-            given.peer_python, "fusion_bench", "regmean", "vit", given.experts, given.repeats
+            given.peer_python, "fusion_bench", "regmean", given.size, given.experts, given.repeats
         )
     row(f"`regmean()`, {given.experts} experts", ours, "FusionBench", theirs)
+    others = f", FusionBench {theirs.processor:.2f}" if theirs else ""
+    print(f"\nProcessor seconds of the solve: {ours.processor:.2f}{others}")
 
 
 PARTS = {"gram": gram, "fisher": fisher, "solve": solve}
@@ -108,6 +113,7 @@ def main():
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--microbatch", type=int, default=1)
     parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--size", default="vit", choices=models.SIZES, help="of the solve")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--peer-python", default="")
     given = parser.parse_args()

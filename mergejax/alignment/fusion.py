@@ -205,7 +205,7 @@ def _places(
                 f"layerwise_transport: layer '{leaf}' leads from the stream to itself, so there is "
                 "no place between; take optimal_transport"
             )
-        kernel = infos[leaf].role in ("kernel", "convolution", "embedding")
+        kernel = infos[leaf].role in ("kernel", "convolution")
         if (kernel and sides[0] == "o") or not places:
             places.append(([leaf], []))
         elif leaf.rpartition("/")[0] == places[-1][0][0].rpartition("/")[0] and not kernel:

@@ -113,7 +113,7 @@ SHAPES = {
 }
 
 
-def drawn(count, seed=0):
+def drawn(count, seed=0, step=0.1):
     """Models without equal magnitudes, so that rounding cannot change a rank; some did not move."""
     rng = np.random.default_rng(seed)
     base = jax.tree.map(
@@ -121,7 +121,7 @@ def drawn(count, seed=0):
     )
 
     def tune(x):
-        return np.float32(x + 0.1 * rng.normal(size=x.shape) * (rng.random(x.shape) < 0.9))
+        return np.float32(x + step * rng.normal(size=x.shape) * (rng.random(x.shape) < 0.9))
 
     return base, [jax.tree.map(tune, base) for _ in range(count)]
 
@@ -130,6 +130,31 @@ def drawn(count, seed=0):
 def test_equals_its_restatement(count, method, restated, options):
     got, expected = merged_and_restated(drawn(count), method, restated, options)
     trees.close(got, expected, rtol=5e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("step", [1e-3, 1e-4])
+@pytest.mark.parametrize(
+    ("count", "method", "restated", "options"),
+    [case for case in CASES if case[1] == "widen"],
+)
+def test_small_changes_are_told_apart_from_roundings(count, method, restated, options, step):
+    """Of fine-tuned models lengths and directions agree to nearly all their digits."""
+    got, expected = merged_and_restated(drawn(count, step=step), method, restated, options)
+    trees.close(got, expected, rtol=0, atol=5e-7)
+
+
+def test_widen_of_inputs_without_weights():
+    """A token that was unused has no direction; its length counts."""
+    base = {"kernel": np.float32([[0, 0], [3, 4], [6, 8]])}
+    one = {"kernel": np.float32([[9, 12], [3, 4], [6, 8]])}
+    other = {"kernel": np.float32([[0, 0], [4, 3], [0, 0]])}
+    shares = lambda a, b: np.exp(a / 3) / (np.exp(a / 3) + np.exp(b / 3))
+    merged = mj.merge("widen()", base, [one, other])["kernel"] - base["kernel"]
+    # By length the first expert's inputs are in places 2, 0, 1 and the other's in 0, 1, 2; by
+    # direction in 0, 1, 2 and 0, 2, 1.
+    expected = [(1 + 0.5) / 2 * np.float64([9, 12]), (shares(1, 0) + 1) / 2 * np.float64([1, -1])]
+    np.testing.assert_allclose(merged[:2], expected, rtol=1e-6)
+    np.testing.assert_allclose(merged[2], (1 + shares(1, 2)) / 2 * np.float64([-6, -8]), rtol=1e-6)
 
 
 # DELLA's draws ------------------------------------------------------------------------------------

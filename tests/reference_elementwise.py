@@ -236,23 +236,25 @@ def metrics_weighted(base, experts, metrics=1.0, power=1.0, by="loss"):
 
 
 def widen(base, experts, ratio=1.0, value=1.0):
-    def scores(significance):
+    def scores(significance, above):
         powered = np.exp(significance)
-        mean = significance.reshape(len(significance), -1).mean(1)
-        above = significance > ratio * along_experts(mean, significance)
         return np.where(above, value, powered / powered.sum(0))
 
-    def ranks(x):
-        return np.argsort(np.argsort(x, kind="stable"), kind="stable") / x.size
+    def scores_of_ranks(changes):
+        places = np.argsort(np.argsort(changes, kind="stable"), kind="stable")
+        size = places.shape[1]
+        return scores(places / size, 2 * places > ratio * (size - 1))
 
     def merge(name, taus, origin):
         if origin.ndim < 2:
-            return (scores(abs(taus)) * taus).sum(0)
+            sizes = abs(taus)
+            means = along_experts(sizes.reshape(len(taus), -1).mean(1), sizes)
+            return (scores(sizes, sizes > ratio * means) * taus).sum(0)
         # One row for each input of a kernel.
         lengths = np.sqrt(((origin + taus) ** 2).sum(-1)), np.sqrt((origin**2).sum(-1))
         cosine = ((origin + taus) * origin).sum(-1) / (lengths[0] * lengths[1])
-        by_length = scores(np.array([ranks(abs(x - lengths[1])) for x in lengths[0]]))
-        by_direction = scores(np.array([ranks(1 - x) for x in cosine]))
+        by_length = scores_of_ranks(abs(lengths[0] - lengths[1]))
+        by_direction = scores_of_ranks(1 - cosine)
         return (((by_length + by_direction) / 2)[..., None] * taus).sum(0)
 
     return per_leaf(base, experts, merge)

@@ -17,26 +17,31 @@ def _units(x, layout):
     return x.reshape(-1, x.shape[-1]), lambda rows: rows.reshape(x.shape)
 
 
-def _ranks(x):
-    """The place of each element in the stable ascending order, over the number of elements."""
-    return ranks_by_row(value_key(x)[None])[0].astype(jnp.float32) / x.size
+def _scores(significance, above, value):
+    """Softmax over experts; what is far above an expert's own mean gets a fixed score."""
+    return jnp.where(above, value, jax.nn.softmax(significance, axis=0))
 
 
-def _scores(significance, ratio, value):
-    """Softmax over experts; significances far above an expert's own mean get a fixed score."""
-    shares = jax.nn.softmax(significance, axis=0)
-    mean = significance.reshape(significance.shape[0], -1).mean(1)
-    limit = ratio * mean.reshape(-1, *[1] * (significance.ndim - 1))
-    return jnp.where(significance > limit, value, shares)
+def _scores_of_ranks(changes, ratio, value):
+    """With the place of each change in its expert's stable ascending order as significance."""
+    ranks = ranks_by_row(value_key(jnp.stack(changes))).astype(jnp.float32)
+    count = ranks.shape[1]
+    # The mean of the places is known; a sum of shares would round the middle one above or below it.
+    return _scores(ranks / count, ranks > ratio * ((count - 1) / 2), value)
 
 
-def _length_and_direction(rows, base):
-    lengths = [jnp.sqrt(jnp.square(x).sum(1)) for x in (rows, base)]
-    units = [
-        x / jnp.where(n > 0, n, 1.0)[:, None] for x, n in zip((rows, base), lengths, strict=True)
-    ]
-    real = (lengths[0] > 0) & (lengths[1] > 0)
-    return jnp.abs(lengths[0] - lengths[1]), jnp.where(real, 1 - (units[0] * units[1]).sum(1), 0.0)
+def _length_and_direction(d, base):
+    """How far each row moves in length, and one minus the cosine between before and after.
+
+    Both from the delta: lengths and directions of fine-tuned rows are equal to most of their digits
+    before and after, and the ranks of what subtracting them leaves would be those of roundings.
+    """
+    before, after = (jnp.sqrt(jnp.square(x).sum(1)) for x in (base, base + d))
+    positive = lambda x: jnp.where(x > 0, x, 1.0)
+    longer = (d * (2 * base + d)).sum(1) / positive(before + after)
+    turned = (d - base * (longer / positive(before))[:, None]) / positive(after)[:, None]
+    real = (before > 0) & (after > 0)
+    return jnp.abs(longer), jnp.where(real, jnp.square(turned).sum(1) / 2, 0.0)
 
 
 @reduce
@@ -68,14 +73,13 @@ def disentangled(ratio: NonNegative = 1.0, value: NonNegative = 1.0):
     def apply(ds, leaf, seen):
         if ds[0].ndim < 2:
             deltas = jnp.stack(ds)
-            return (_scores(jnp.abs(deltas), ratio, value) * deltas).sum(0)
+            sizes = jnp.abs(deltas)
+            above = sizes > ratio * sizes.reshape(len(ds), -1).mean(1, keepdims=True)
+            return (_scores(sizes, above, value) * deltas).sum(0)
         base, restore = _units(leaf.base, leaf.layout)
         rows = [_units(d, leaf.layout)[0] for d in ds]
-        changes = [_length_and_direction(base + d, base) for d in rows]
-        scores = [
-            _scores(jnp.stack([_ranks(change) for change in several]), ratio, value)
-            for several in zip(*changes, strict=True)
-        ]
+        changes = [_length_and_direction(d, base) for d in rows]
+        scores = [_scores_of_ranks(several, ratio, value) for several in zip(*changes, strict=True)]
         weights = (scores[0] + scores[1]) / 2
         return restore(sum(w[:, None] * d for w, d in zip(weights, rows, strict=True)))
 

@@ -66,6 +66,29 @@ KNOWN = {
         [A],
         [4, -3, 0, 0],
     ),
+    "breadcrumbs of a leaf too small for a top keeps it": (
+        "breadcrumbs(density=0.5, top=0.01, scaling=1.0, scope='tensor')",
+        [A],
+        [4, -3, 0, 0],
+    ),
+    "magmax in another order": ("magmax(1.0)", [B, A], [4, -3, 2, -2]),
+    "RAM+ in the authors' later form": ("ram_plus(gain=1, limit=1)", [[3, 1], [0, 2]], [6, 1.5]),
+    "metrics of another unit": (
+        "metrics_weighted(metrics=[10, 90])",
+        [[10, 0], [0, 10]],
+        [9, 1],
+    ),
+    "SCE weighs small energies, too": ("sce(density=1.0)", [[2e-5, 0], [1e-5, 0]], [1.8e-5, 0]),
+    "Model Stock of small deltas": (
+        "model_stock()",
+        [[1e-6, 0], [0.6e-6, 0.8e-6]],
+        [0.6e-6, 0.3e-6],
+    ),
+    "SLERP of opposites is straight": ("slerp()", [[4, 0], [-2, 0]], [1, 0]),
+    "SLERP with zero is straight": ("slerp()", [[4, 0], [0, 0]], [2, 0]),
+    "NuSLERP ends at its first": ("nuslerp(weights=[1, 0])", [A, B], A),
+    "multi-SLERP of two is the middle": ("multislerp()", [[3, 0], [0, 4]], [3.5 / 2**0.5] * 2),
+    "Karcher mean of two is the middle": ("karcher()", [[3, 0], [0, 4]], [3.5 / 2**0.5] * 2),
     "TIES max of one sign": ("ties(density=1.0, reduction='max')", [A, B], [4, -3, 2, -2]),
 }
 

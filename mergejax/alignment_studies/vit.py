@@ -202,7 +202,7 @@ def narrowed(
     batches: Sequence[np.ndarray],
 ) -> Tree:
     """A wider network in the units of the first, by hard transport."""
-    by_width = {model.width: networks.function(model) for model in models}
+    by_width = {model.width: networks.function(model).__wrapped__ for model in models}
 
     def apply(variables: Tree, images: np.ndarray) -> Any:
         return by_width[variables["params"]["norm"]["scale"].shape[0]](variables, images)

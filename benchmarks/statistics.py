@@ -108,7 +108,7 @@ PARTS = {"gram": gram, "fisher": fisher, "solve": solve}
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("parts", nargs="*", default="all", choices=["all", *PARTS])
     parser.add_argument("--images", type=int, default=4, help="in a batch")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--microbatch", type=int, default=1)
@@ -120,7 +120,7 @@ def main():
     print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device")
     print("| what | images | s | against | s | ratio | peak GB |")
     print("|---|---:|---:|---|---:|---:|---:|")
-    for part in given.parts:
+    for part in PARTS if "all" in given.parts else given.parts:
         PARTS[part](given)
 
 

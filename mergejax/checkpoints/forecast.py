@@ -9,9 +9,9 @@ from mergejax.checkpoints.files import Files, ranges
 from mergejax.checkpoints.job import Job, predicted_disk
 from mergejax.checkpoints.request import show_size
 
-_START = 0.8  # seconds to start and to take compiled programs over
+_START = 1.0  # seconds to start and to take compiled programs over
 _PROBE = 2**26  # bytes that are read, and copied, to learn how quick that is
-_PASS = 0.085  # of the speed of copying: what a processor works through in a pass, measured
+_PASS = 0.07  # of the speed of copying: what a processor works through in a pass, measured
 
 
 def forecast(job: Job) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from mergejax.chains import chain
 from mergejax.core import method, reduce
 from mergejax.hyper import Positive, Weights, Whole
 from mergejax.leaves import as_rows
+from mergejax.linalg.spectral import highest
 from mergejax.methods.combine import of_deltas, of_weights
 from mergejax.methods.elect import per_expert
 
@@ -117,12 +118,36 @@ def _gram(ds):
     return jnp.stack([jnp.stack([found[min(i, j), max(i, j)] for j in count]) for i in count])
 
 
+def _versines(ds):
+    r"""Lengths [experts] and :math:`1-\cos` of the angles [experts, experts] between leaves.
+
+    From differences, for cosines of fine-tuned models are 1 to within their rounding. A leaf of
+    zeros has no direction; its entries are 0.
+    """
+    lengths = jnp.stack([jnp.sqrt(jnp.sum(d * d)) for d in ds])
+    count = range(len(ds))
+    apart = {(i, j): jnp.sum(jnp.square(ds[i] - ds[j])) for i in count for j in count if i < j}
+    between = lambda i, j: apart[min(i, j), max(i, j)] if i != j else jnp.zeros_like(lengths[0])
+    squares = jnp.stack([jnp.stack([between(i, j) for j in count]) for i in count])
+    inverse = jnp.where(lengths > 0, 1 / _positive_or(lengths, 1.0), 0.0)
+    # In units of the lengths, whose squares may be beyond the range of a float.
+    unequal = (lengths[:, None] - lengths[None, :]) * inverse[:, None]
+    ratio = lengths[:, None] * inverse[None, :]
+    scaled = squares * inverse[:, None] * inverse[None, :]
+    return lengths, jnp.maximum(scaled - unequal**2 * ratio, 0.0) / 2
+
+
 def _mix(coefficients, ds):
     return sum(c * d for c, d in zip(coefficients, ds, strict=True))
 
 
 def _positive_or(x, otherwise):
     return jnp.where(x > 0, x, otherwise)
+
+
+def _root(x):
+    """The square root, 0 of what rounding left below zero; its derivative there is 0."""
+    return jnp.where(x > 0, jnp.sqrt(_positive_or(x, 1.0)), 0.0)
 
 
 @reduce(space="either")
@@ -198,7 +223,7 @@ def karcher_mean(weights: Weights = 1.0, iterations: Whole = 10, tolerance: Posi
         \arccos^2\Big\langle x,\frac{\theta_i}{\|\theta_i\|}\Big\rangle
 
     by Riemannian gradient descent. All iterates are combinations of the experts, so
-    the steps are taken on their coefficients, with inner products from one Gram matrix.
+    the steps are taken on their coefficients, with inner products from one matrix of angles.
 
     Args:
         weights: w, a number or one per expert, divided by their sum.
@@ -219,39 +244,43 @@ def karcher_mean(weights: Weights = 1.0, iterations: Whole = 10, tolerance: Posi
     def apply(ds, leaf, seen):
         shares = jnp.stack(per_expert(weights, len(ds)))
         shares = shares / shares.sum()
-        gram = _gram(ds)
-        lengths = jnp.sqrt(jnp.diagonal(gram))
-        real = lengths > 0
-        inverse = jnp.where(real, 1 / _positive_or(lengths, 1.0), 0.0)
-        cosines = gram * inverse[:, None] * inverse[None, :]
-        counted = jnp.where(real, shares, 0.0)
+        lengths, versines = _versines(ds)
+        counted = jnp.where(lengths > 0, shares, 0.0)
         counted = counted / _positive_or(counted.sum(), 1.0)
-        direction = _karcher(cosines, counted, iterations, tolerance)
+        direction = _karcher(versines, counted, iterations, tolerance)
+        inverse = jnp.where(lengths > 0, 1 / _positive_or(lengths, 1.0), 0.0)
         return _mix(direction * inverse * (shares * lengths).sum(), ds)
 
     return apply
 
 
-def _unit(x, cosines):
-    return x / _positive_or(jnp.sqrt(jnp.maximum(x @ cosines @ x, 0.0)), 1.0)
+@highest()
+def _karcher(versines, shares, iterations, tolerance):
+    r"""Coefficients of the Karcher mean in the experts' directions.
 
+    With V the versines a combination c of unit vectors has the squared length
+    :math:`(\sum c)^2-c^\top Vc`; that of x is 1, so :math:`s=\sum x=\sqrt{1+x^\top Vx}`. Nothing
+    here subtracts numbers that are nearly 1.
+    """
 
-def _karcher(cosines, shares, iterations, tolerance):
-    """Coefficients of the Karcher mean in the experts' directions."""
+    def length(c, total):
+        return _root(total * total - c @ versines @ c)
 
     def step(_, state):
         x, done = state
-        cosine = jnp.clip(cosines @ x, -1.0, 1.0)
-        angle = jnp.arccos(cosine)
+        bend = x @ versines @ x
+        total = jnp.sqrt(1 + bend)
+        off = jnp.clip(versines @ x - bend / (1 + total), 0.0, 2.0)  # 1 - cos of the angles to x
+        angle = 2 * jnp.arcsin(_root(off / 2))
         far = angle >= tolerance
         pull = jnp.where(far, shares * angle / jnp.where(far, jnp.sin(angle), 1.0), 0.0)
-        tangent = pull - (pull * cosine).sum() * x
-        size = jnp.sqrt(jnp.maximum(tangent @ cosines @ tangent, 0.0))
+        tangent = pull - (pull * (1 - off)).sum() * x
+        size = length(tangent, (pull * (off * total - bend / (1 + total))).sum())
         done = done | (size < tolerance)
         moved = jnp.cos(size) * x + jnp.sin(size) / _positive_or(size, 1.0) * tangent
-        return jnp.where(done, x, _unit(moved, cosines)), done
+        return jnp.where(done, x, moved / _positive_or(length(moved, moved.sum()), 1.0)), done
 
-    norm = jnp.sqrt(jnp.maximum(shares @ cosines @ shares, 0.0))
+    norm = length(shares, shares.sum())
     first = jnp.zeros_like(shares).at[jnp.argmax(shares > 0)].set(1.0)
     start = jnp.where(norm < 1e-7, first, shares / _positive_or(norm, 1.0))
     return jax.lax.fori_loop(0, iterations, step, (start, jnp.bool_(False)))[0]

@@ -3,8 +3,11 @@
 A chain is a pytree whose leaves are its numbers. The chains of a grid that differ in numbers only
 have one structure; their numbers are stacked and the settings run in a `jax.lax.map` under one
 compilation. Settings that differ in words or switches have other structures: a program for each.
+Methods that take leaves as matrices, as spectral ones do, are merged leaf by leaf instead: in one
+program each leaf would be compiled anew, for minutes.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergejax import api, calibration, chains, errors, language, registry
+from mergejax.chains import walk
 from mergejax.outer import simplex_points
 
 Tree = Any
@@ -216,13 +220,13 @@ class Program(NamedTuple):
 
     Attributes:
         members: positions of the chains.
-        numbers: the chains' numbers, one array [members] for each.
-        call: (numbers, base, experts, stats, data) -> what `measure` returned, [members, ...].
+        whole: whether their merges are part of the program, rather than done leaf by leaf.
+        call: (base, experts, stats, data) -> what `measure` returned, [members, ...].
         seconds: to trace and compile it.
     """
 
     members: list[int]
-    numbers: list[jax.Array]
+    whole: bool
     call: Callable[..., jax.Array]
     seconds: float
 
@@ -232,7 +236,7 @@ class Search(NamedTuple):
 
     Attributes:
         measured: one row per chain: what `measure` returned for its merge.
-        programs: number of compiled programs that all settings took.
+        programs: number of compiled programs that took settings together.
         compile_seconds: to trace and compile them.
         seconds: to run them.
     """
@@ -269,25 +273,44 @@ def prepare(
     Returns:
         A program for all chains that differ in numbers only.
     """
+    merge = functools.partial(api.merge, names=names, seed=seed)
     programs = []
     for structure, members in _groups(chains).items():
-        columns = zip(*members.values(), strict=True)
-        numbers = [jnp.asarray(column, jnp.float32) for column in columns]
-
-        def run(numbers, base, experts, stats, data, structure=structure):
-            def one(values):
-                method = jax.tree.unflatten(structure, values)
-                merged = api.merge(method, base, experts, names=names, seed=seed, stats=stats)
-                return measure(merged, data)
-
-            return jax.lax.map(one, numbers) if numbers else one([])[None]
-
+        first = language.parse(chains[min(members)])
+        whole = all(stage.elementwise for stage in walk(first))
         started = time.perf_counter()
-        arguments = (numbers, base, list(experts), dict(stats or {}), data)
-        call = jax.jit(run).lower(*arguments).compile()
-        seconds = time.perf_counter() - started
-        programs.append(Program(list(members), numbers, call, seconds))
+        if whole:
+            arguments = (base, list(experts), dict(stats or {}), data)
+            call = _together(structure, list(members.values()), merge, measure, arguments)
+        else:
+            measured = jax.jit(measure).lower(base, data).compile()
+            call = _one_by_one([chains[i] for i in members], merge, measured)
+        programs.append(Program(list(members), whole, call, time.perf_counter() - started))
     return programs
+
+
+def _together(structure, settings, merge, measure, arguments):
+    """Merges and measurements of all settings, [[numbers]], in one program."""
+    numbers = [jnp.asarray(column, jnp.float32) for column in zip(*settings, strict=True)]
+
+    def run(numbers, base, experts, stats, data):
+        def one(values):
+            method = jax.tree.unflatten(structure, values)
+            return measure(merge(method, base, experts, stats=stats), data)
+
+        return jax.lax.map(one, numbers) if numbers else one([])[None]
+
+    return functools.partial(jax.jit(run).lower(numbers, *arguments).compile(), numbers)
+
+
+def _one_by_one(chains, merge, measured):
+    """Merges by the usual executor, whose programs serve all leaves of a shape and all settings."""
+
+    def call(base, experts, stats, data):
+        merges = (merge(chain, base, experts, stats=stats) for chain in chains)
+        return jnp.stack([measured(merged, data) for merged in merges])
+
+    return call
 
 
 def search(
@@ -323,12 +346,12 @@ def search(
     rows: dict[int, np.ndarray] = {}
     started = time.perf_counter()
     for program in programs:
-        found = program.call(program.numbers, base, list(experts), dict(stats or {}), data)
+        found = program.call(base, list(experts), dict(stats or {}), data)
         rows |= dict(zip(program.members, np.asarray(found), strict=True))
         advance(len(program.members))
     return Search(
         measured=np.stack([rows[i] for i in range(len(rows))]),
-        programs=len(programs),
+        programs=sum(program.whole for program in programs),
         compile_seconds=sum(program.seconds for program in programs),
         seconds=time.perf_counter() - started,
     )

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mergejax import api, calibration, compress, memory, search, train, workdir
-from mergejax.eval import predict, report
+from mergejax.eval import predict, report, sweeps
 from mergejax.leaves import name_of
 from mergejax.preflight import Compiled, Job, Plan, Record, Tree, needs
 
@@ -231,9 +231,7 @@ def _told(record: Record) -> str:
     found = record["search"]
     if not found:
         return f"{record['name']}: {mean:.1f} % on validation"
-    programs = "one program" if found["programs"] == 1 else f"{found['programs']} programs"
     return (
-        f"{record['name']}: {len(record['settings'])} settings in {programs} "
-        f"({found['compile_seconds']:.1f} s to compile, {found['seconds']:.1f} s to run), "
+        f"{record['name']}: {len(record['settings'])} settings {sweeps.cost(found)}, "
         f"chosen on validation: {record['chain']}, {mean:.1f} %"
     )

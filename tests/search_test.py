@@ -39,6 +39,7 @@ def weights(merged, data):
         (["linear(weights=[1.0, 2.0, 3.0])", "linear(weights=[3.0, 1.0, 1.0])"], 1),
         (["average()"], 1),
         (["task_arithmetic(scaling=1.0)|lines_multi_task(beta=0.7)"], 1),
+        (["tsv_merge(scaling=0.5)", "tsv_merge(scaling=1.5)"], 0),  # leaf by leaf
     ],
 )
 def test_search_equals_one_merge_after_the_other(chains, programs):

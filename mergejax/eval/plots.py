@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib import figure
 
+from mergejax.eval import sweeps
 from mergejax.eval.tables import label
 
 DARK, LIGHT = "#1a1a1a", "#ffffff"
@@ -205,11 +206,8 @@ def sweep(method: str, found: Mapping[str, Any]) -> figure.Figure:
     axes.set_yticks(range(rows), [f"{x:g}" for x in found["rows"][1]], fontsize=8)
     axes.set_xlabel(found["columns"][0], fontsize=9)
     axes.set_ylabel(found["rows"][0], fontsize=9)
-    programs = "one program" if found["programs"] == 1 else f"{found['programs']} programs"
     axes.set_title(
-        f"{method.replace('_', ' ')}, {table.size} settings in {programs}:\n"
-        f"{found['compile_seconds']:.1f} s to compile, {found['seconds']:.1f} s to run",
-        fontsize=9,
+        f"{method.replace('_', ' ')}, {table.size} settings\n{sweeps.cost(found)}", fontsize=9
     )
     bar = canvas.colorbar(image, ax=axes, fraction=0.045, pad=0.03)
     bar.set_label("mean validation accuracy in %", fontsize=8)

@@ -34,6 +34,18 @@ def tables(records: Mapping[str, Record]) -> dict[str, dict[str, Any]]:
     return {name: table for name, table in found.items() if table}
 
 
+def cost(found: Record) -> str:
+    """How the settings of a search were merged and measured, and how long that took.
+
+    Example:
+        >>> cost({"programs": 0, "compile_seconds": 1.0, "seconds": 2.0})
+        'leaf by leaf (1.0 s to compile, 2.0 s to run)'
+    """
+    several = {0: "leaf by leaf", 1: "in one program"}
+    how = several.get(found["programs"], f"in {found['programs']} programs")
+    return f"{how} ({found['compile_seconds']:.1f} s to compile, {found['seconds']:.1f} s to run)"
+
+
 def _table(record: Record) -> dict[str, Any] | None:
     points = [_numbers(chain) for chain in record["settings"]]
     values = {name: sorted({point[name] for point in points}) for name in points[0]}

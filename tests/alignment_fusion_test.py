@@ -59,6 +59,30 @@ def test_entropic_coupling_is_sinkhorns_in_float64():
         np.testing.assert_allclose(got, u[:, None] * kernel * v, atol=1e-6)
 
 
+def test_transport_by_another_solver():
+    a, found = net(0)
+    b, _ = net(1)
+    asked = []
+
+    def couple(distances, epsilon):
+        asked.append((distances.shape, epsilon))
+        return coupling(distances, epsilon)
+
+    maps = alignment.optimal_transport(found, a, b, epsilon=0.1, couple=couple)
+    usual = alignment.optimal_transport(found, a, b, epsilon=0.1)
+    trees.close(maps.writes, usual.writes, rtol=0, atol=0)
+    assert asked == [((6, 6), 0.1), ((5, 5), 0.1)]
+    with pytest.raises(MergeError, match=r"ott_coupling: epsilon is 0.0, expected above 0"):
+        alignment.ott_coupling(np.ones((2, 2)), 0.0)
+
+
+def test_coupling_of_ott_is_ours():
+    pytest.importorskip("ott", reason="ott-jax is an optional solver")
+    distances = np.random.default_rng(0).uniform(size=(2, 5, 3))
+    got, ours = alignment.ott_coupling(distances, 0.2), coupling(distances, 0.2)
+    np.testing.assert_allclose(got, ours, atol=1e-3 / 3)  # it stops when sums are met to 1e-3
+
+
 def test_exact_coupling_is_an_assignment_of_copies():
     rng = np.random.default_rng(1)
     for n, m in ((4, 4), (6, 3)):

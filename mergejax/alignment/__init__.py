@@ -26,6 +26,7 @@ from mergejax.alignment.partial import cost, keep_apart, ratios_for
 from mergejax.alignment.permutations import apply, compose, identity, invert, random
 from mergejax.alignment.places import apart
 from mergejax.alignment.repair import reestimate, repair
+from mergejax.alignment.sinkhorn import coupling, ott_coupling
 from mergejax.alignment.stats import regression, statistics
 from mergejax.alignment.straight_through import straight_through
 from mergejax.alignment.structure import Group, Symmetries
@@ -51,6 +52,7 @@ __all__ = [
     "average_neighbours",
     "compose",
     "cost",
+    "coupling",
     "group_experts",
     "identity",
     "invert",
@@ -65,6 +67,7 @@ __all__ = [
     "merge_neighbours",
     "mesh_of",
     "optimal_transport",
+    "ott_coupling",
     "prune",
     "random",
     "ratios_for",

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from mergejax.alignment.fusion_walk import begin
+from mergejax.alignment.fusion_walk import Couple, begin
 from mergejax.alignment.maps import Maps
 from mergejax.alignment.places import apart, in_order
+from mergejax.alignment.sinkhorn import coupling
 from mergejax.alignment.structure import Symmetries, check, groups_of, movable
 from mergejax.alignment.verify import verified
 from mergejax.door import Tree
@@ -23,6 +24,7 @@ def optimal_transport(
     joint: Mapping[str, Any] | None = None,
     own: Symmetries | None = None,
     epsilon: float | None = None,
+    couple: Couple = coupling,
 ) -> Maps:
     r"""Maps of a model's units to those of a reference, which may have another width.
 
@@ -47,6 +49,7 @@ def optimal_transport(
             called the same.
         epsilon: of the entropy; by default 0.08 with data, 0.06 without, as the authors take; 0 for
             hard transport.
+        couple: (distances [..., n, m], epsilon) -> T of sum one, such as `ott_coupling`.
 
     Returns:
         `Maps`.
@@ -71,7 +74,7 @@ def optimal_transport(
     check(symmetries, reference)
     check(own, params)
     verified(symmetries, reference)
-    walk = begin(symmetries, own, reference, params, joint, epsilon)
+    walk = begin(symmetries, own, reference, params, joint, epsilon, couple)
     roots = [n for n in movable(own) if all(own.groups[o].fixed for o in own.groups[n].within)]
     while roots:
         name = max(roots, key=walk.evidence)
@@ -90,6 +93,7 @@ def layerwise_transport(
     joint: Mapping[str, Any] | None = None,
     own: Symmetries | None = None,
     epsilon: float | None = None,
+    couple: Couple = coupling,
 ) -> tuple[Symmetries, Maps]:
     r"""Transport with a map of the residual stream for every layer, as it was published.
 
@@ -110,8 +114,8 @@ def layerwise_transport(
             only_resid), 'identity' (T is the identity behind every sum; resid_as_identity), or a
             weight for each sum: numbers (weighted_scalar) or arrays, one number for each unit of
             the reference (weighted_matrix).
-        joint, own, epsilon: as for `optimal_transport`; outputs are compared through the layers'
-            inputs.
+        joint, own, epsilon, couple: as for `optimal_transport`; outputs are compared through the
+            layers' inputs.
 
     Returns:
         Symmetries in which every place of the stream has its own group, and `Maps`, both for
@@ -158,7 +162,7 @@ def layerwise_transport(
         if readers:
             symmetries, own = (apart(one, stream, readers) for one in (symmetries, own))
         read.append(f"{stream}|{readers[0]}" if readers else "")
-    walk = begin(symmetries, own, reference, params, joint, epsilon)
+    walk = begin(symmetries, own, reference, params, joint, epsilon, couple)
     if joint is not None:
         walk.listen_to_outputs(joint, written)
     now = Maps({}, {})

@@ -1,7 +1,7 @@
 """The walk through two models from group to group, each of which gets a map of its units."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from mergejax.door import Tree, leaves_by_name
 from mergejax.errors import MergeError, did_you_mean, raise_all
 from mergejax.leaves import STATISTIC, LeafInfo, as_matrix, describe, is_floating
 
+Couple = Callable[[np.ndarray, float], np.ndarray]  # (distances, epsilon) -> transport
+
 
 def begin(
     symmetries: Symmetries,
@@ -25,9 +27,10 @@ def begin(
     params: Tree,
     joint: Mapping[str, Any] | None,
     epsilon: float | None,
+    couple: Couple = coupling,
 ) -> "Walk":
     """A walk through two models that was not started, see `optimal_transport`."""
-    walk = Walk(symmetries, own, *_leaves(symmetries, own, reference, params))
+    walk = Walk(symmetries, own, *_leaves(symmetries, own, reference, params), couple=couple)
     if joint is not None:
         walk.listen(joint)
     walk.epsilon = epsilon if epsilon is not None else (0.06 if joint is None else 0.08)
@@ -83,6 +86,7 @@ class Walk:
     reference: dict[str, np.ndarray]
     moved: dict[str, np.ndarray]
     epsilon: float = 0.0
+    couple: Couple = coupling
     maps: Maps = dataclasses.field(default_factory=lambda: Maps({}, {}))
     heard: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -102,7 +106,7 @@ class Walk:
         assert total is not None
         distances = np.sqrt(np.maximum(total, 0))
         largest = max(float(distances.max()), 1e-30)
-        found = coupling(distances / largest, self.epsilon)
+        found = self.couple(distances / largest, self.epsilon)
         self.set(name, found * found.shape[-2], found * found.shape[-1])
         return (found * distances).sum((-2, -1))
 

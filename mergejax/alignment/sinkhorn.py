@@ -48,6 +48,40 @@ def coupling(distances: np.ndarray, epsilon: float, steps: int = 500) -> np.ndar
     return np.asarray(found).reshape(*outer, n, m)
 
 
+def ott_coupling(distances: np.ndarray, epsilon: float) -> np.ndarray:
+    """`coupling` by the solver of `ott-jax`, which stops by itself where the sums are met.
+
+    Args:
+        distances: D, [..., n, m].
+        epsilon: of the entropy, above 0.
+
+    Returns:
+        T, float64 [..., n, m], with sum one.
+
+    Raises:
+        MergeError: no `ott-jax`; an epsilon of 0 or below.
+
+    Cuturi et al., 2022, arXiv:2201.12324.
+    """
+    if epsilon <= 0:
+        raise MergeError(
+            f"ott_coupling: epsilon is {epsilon}, expected above 0; hard transport is `coupling`'s"
+        )
+    try:
+        from ott.geometry.geometry import Geometry
+        from ott.solvers import linear
+    except ImportError:
+        raise MergeError(
+            "ott_coupling needs ott-jax; pip install 'mergejax[transport]', or leave `couple` out"
+        ) from None
+    solve = lambda one: linear.solve(Geometry(cost_matrix=one, epsilon=epsilon)).matrix
+    *outer, n, m = distances.shape
+    # As its code is written, whatever this process asks of its own.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        found = jax.vmap(solve)(jnp.asarray(distances, jnp.float32).reshape(-1, n, m))
+    return np.asarray(found, np.float64).reshape(*outer, n, m)
+
+
 @functools.partial(jax.jit, static_argnames="steps")
 def _sinkhorn(distances: jax.Array, epsilon: float, steps: int) -> jax.Array:
     n, m = distances.shape[-2:]

@@ -230,6 +230,33 @@ MAKERS = {
 }
 
 
+def _bridged(name):
+    """A maker of the linen model of that name as an NNX module."""
+    build, example = MAKERS[name]
+
+    def start():
+        module = nnx.bridge.lazy_init(nnx.bridge.ToNNX(build(), rngs=nnx.Rngs(0)), example())
+        module.to_nnx__rngs = None  # they would count every call, inside of a trace as well
+        return module
+
+    return start, example
+
+
+MAKERS |= {
+    f"nnx_{name}": _bridged(name)
+    for name in (
+        "mlp",
+        "vgg",
+        "resnet20_batch_norm",
+        "resnet20_layer_norm",
+        "vit",
+        "llama",
+        "t5",
+        "moe",
+    )
+}
+
+
 def make(name):
     """(apply_fn, params, example), with random numbers in every leaf."""
     build, example = MAKERS[name][0], MAKERS[name][1]()

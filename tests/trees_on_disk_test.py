@@ -15,6 +15,10 @@ import mergejax as mj
 from mergejax import command
 from mergejax.checkpoints import convert, formats, msgpack, orbax_arrays
 
+# Orbax closes its event loop while tensorstore may still have something to say to it.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning"
+)
 METHOD = "task_arithmetic(scaling=0.5)"
 
 

@@ -28,7 +28,8 @@ def measure(
 
     Args:
         config: `model`, `training`, and `alignment` with `pairs` (by name one task, whose classes
-            are halved, or two with the same labels), `budgets` and `examples`.
+            are halved, or two with as many labels, the same ones or others), `budgets` and
+            `examples`.
         tasks: the data.
         folder: where the trained networks are kept.
         book: told what is going on.
@@ -55,7 +56,7 @@ def measure(
             for place, (letter, task) in enumerate(zip("ab", both, strict=True))
         ]
         examples, budgets = config.alignment.examples, config.alignment.budgets
-        right = rating.accuracy_of(both, shared=len(members) > 1)
+        right = rating.accuracy_of(both, shared=both[0].labels == both[1].labels)
         for record in compare(model, pair, both, right, examples, budgets):
             records.append({"pair": name, **record})
             book.log(
@@ -78,7 +79,7 @@ def parts(tasks: Mapping[str, Task], members: Sequence[str]) -> list[Task]:
         if labels[0] != labels[1]:
             raise MergeError(
                 f"config.alignment.pairs: {tuple(members)} have {labels[0]} and {labels[1]} "
-                "labels; two tasks must have the same ones"
+                "labels; two tasks must have as many"
             )
         return [tasks[name] for name in members]
     whole = tasks[members[0]]

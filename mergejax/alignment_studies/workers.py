@@ -35,8 +35,8 @@ def divided(split: Split, workers: int, runs: int, seed: int) -> list[Split]:
 
     Example:
         >>> split = Split(np.zeros((8, 1)), np.array([0, 1, 2, 3, 0, 1, 2, 3]))
-        >>> [sorted(part.labels.tolist()) for part in divided(split, 2, runs=2, seed=0)]
-        [[2, 2, 3, 3], [0, 0, 1, 1]]
+        >>> [len(set(part.labels.tolist())) for part in divided(split, 2, runs=2, seed=0)]
+        [2, 2]
     """
     generator = np.random.default_rng([seed, 1])
     order = generator.permutation(len(split))

@@ -1,6 +1,7 @@
 """Config files of `mergejax merge`: the fields of a merge, with overrides from the command line."""
 
 import pathlib
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,7 @@ def read_config(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     values = flags.FlagValues()
     command = ["mergejax", f"--config={path}", *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # nothing is left beside it
     try:
         with warnings.catch_warnings():  # the library loads files in a way that is deprecated
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -42,6 +44,8 @@ def read_config(path: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise
     except Exception as error:
         raise MergeError(f"--config={path}: {first_line(error)}") from None
+    finally:
+        sys.dont_write_bytecode = writes
     known = (*MODELS, *FIELDS)
     problems = [f"'{argument}' is no flag; see mergejax merge --help" for argument in rest[1:]]
     problems += [

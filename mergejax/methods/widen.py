@@ -74,7 +74,8 @@ def disentangled(ratio: NonNegative = 1.0, value: NonNegative = 1.0):
         if ds[0].ndim < 2:
             deltas = jnp.stack(ds)
             sizes = jnp.abs(deltas)
-            above = sizes > ratio * sizes.reshape(len(ds), -1).mean(1, keepdims=True)
+            means = sizes.mean(tuple(range(1, sizes.ndim)), keepdims=True)
+            above = sizes > ratio * means
             return (_scores(sizes, above, value) * deltas).sum(0)
         base, restore = _units(leaf.base, leaf.layout)
         rows = [_units(d, leaf.layout)[0] for d in ds]

@@ -3,8 +3,9 @@
     python -m mergejax.main --config=configs/proj/alignment/widths.py --config.data_dir=DIR \
         --workdir=runs/widths
 
-Halves of the classes of Fashion-MNIST (different labels), and digits of MNIST and in Bangla script
-(the same labels), 16x16 pixels, three seeds. `docs/alignment.md` has the table and the picture.
+Halves of the classes of Fashion-MNIST (different labels), digits of MNIST and in Bangla script (the
+same labels), and MNIST and Fashion-MNIST (two sets of different labels), 16x16 pixels, three seeds.
+`docs/alignment.md` has the table and the picture.
 `configs/proj/alignment/widths.py:runlocal` is one seed, shortly trained.
 """
 
@@ -32,8 +33,12 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
     config.alignment = {
         "study": "widths",
         "seeds": (0, 1, 2),
-        # One task is halved by its classes; two have the same labels.
-        "pairs": {"halves_of_classes": ("fashion_mnist",), "two_scripts": ("mnist", "bangla")},
+        # One task is halved by its classes.
+        "pairs": {
+            "halves_of_classes": ("fashion_mnist",),
+            "two_scripts": ("mnist", "bangla"),
+            "two_sets": ("mnist", "fashion_mnist"),
+        },
         "budgets": (1.0, 1.2, 1.55, 2.0),
         "examples": 500,  # training images, without labels
     }

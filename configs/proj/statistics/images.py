@@ -1,4 +1,4 @@
-"""Merging with statistics of data on five image sets: three seeds, 16, 64 and 256 examples.
+"""Merging with statistics of data on four image sets: three seeds, 16, 64 and 256 examples.
 
     python -m mergejax.main --config=configs/proj/statistics/images.py --config.data_dir=DIR \
         --workdir=runs/statistics_images
@@ -23,13 +23,13 @@ def get_config() -> ml_collections.ConfigDict:
     config = digits.beside("../../images.py").get_config()
     with config.unlocked():
         config.study = digits.study()
-        config.data.tasks = ("eurosat", "gtsrb", "mnist", "street_characters", "rsscn7")
+        config.data.tasks = ("eurosat", "gtsrb", "mnist", "street_characters")
         config.data.pretraining = ("cifar10", "fashion_mnist", "bangla")
-        config.data.limits = {"train": 3000, "validation": 300, "test": 1000}
+        config.data.limits = {"train": 1500, "validation": 200, "test": 500}
         config.model.update({"width": 64, "depth": 3, "stem": (16, 32)})
-        config.training.pretrain.steps = 1000
-        config.training.heads.steps = 300
-        config.training.finetune.steps = 300
+        config.training.pretrain.steps = 800
+        config.training.heads.steps = 200
+        config.training.finetune.steps = 250
         config.training.finetune.learning_rate = 3e-4
         config.training.multi_task.steps = 1  # not compared with here
     return config.lock()

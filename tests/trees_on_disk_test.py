@@ -17,7 +17,7 @@ from mergejax.checkpoints import convert, formats, msgpack, orbax_arrays
 
 # Orbax closes its event loop while tensorstore may still have something to say to it.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning"
+    "ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
 )
 METHOD = "task_arithmetic(scaling=0.5)"
 

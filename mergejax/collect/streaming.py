@@ -92,7 +92,7 @@ def running(caller: str, name: str, batch: Any) -> Iterator[None]:
             "nnx.remat, ..."
         ) from error
     except (FlaxError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, MergeError | jax.errors.UnexpectedTracerError):
+        if isinstance(error, MergeError):
             raise
         shown = ", ".join(
             f"{x.dtype}[{','.join(map(str, x.shape))}]" if hasattr(x, "shape") else repr(x)[:20]
